@@ -1,0 +1,41 @@
+"""The models of other projects that benchmarks compare with, given our weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from minids.convert.hf import to_hf_state
+from minids.convert.hf_config import to_hf_config
+from minids.model import DeepseekV3
+
+
+def transformers_model(model: DeepseekV3, experts_implementation: str = "eager") -> Any:
+    """transformers' DeepseekV3ForCausalLM with `model`'s weights, fp32, sdpa attention; experts_implementation "eager",
+    "grouped_mm" or "batched_mm"."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    values = {
+        key: value for key, value in to_hf_config(model.config).items() if key not in ("architectures", "auto_map")
+    }
+    peer = DeepseekV3ForCausalLM._from_config(
+        DeepseekV3Config(**values), attn_implementation="sdpa", experts_implementation=experts_implementation
+    )
+    ours = dict(to_hf_state(model.state_dict(), model.config))
+    state = peer.state_dict()
+    for name, tensor in state.items():
+        stem, _, leaf = name.rpartition(".")
+        if name in ours:
+            tensor.copy_(ours[name])
+        elif leaf == "down_proj":
+            tensor.copy_(
+                torch.stack([ours[f"{stem}.{e}.down_proj.weight"] for e in range(model.config.n_routed_experts)])
+            )
+        else:
+            parts = [
+                torch.cat([ours[f"{stem}.{e}.{half}_proj.weight"] for half in ("gate", "up")])
+                for e in range(model.config.n_routed_experts)
+            ]
+            tensor.copy_(torch.stack(parts))
+    return peer

@@ -1,0 +1,27 @@
+"""Kernels of DeepSeek-V3's architecture: what a room offers is what its `__all__` says; import from here only."""
+
+from .cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from .mla_attention import mla_attention, mla_attention_reference
+from .mla_decode import mla_decode, mla_decode_reference
+from .moe import moe_experts, moe_experts_reference, moe_gate
+from .rms_norm import rms_norm, rms_norm_reference
+from .rope import rope, rope_reference
+from .swiglu import swiglu, swiglu_reference
+
+__all__ = [
+    "linear_cross_entropy",
+    "linear_cross_entropy_reference",
+    "mla_attention",
+    "mla_attention_reference",
+    "mla_decode",
+    "mla_decode_reference",
+    "moe_experts",
+    "moe_experts_reference",
+    "moe_gate",
+    "rms_norm",
+    "rms_norm_reference",
+    "rope",
+    "rope_reference",
+    "swiglu",
+    "swiglu_reference",
+]

@@ -1,0 +1,26 @@
+"""Argument checks that rooms share: each raises naming the argument, what came, and what is allowed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_float(name: str, x: Tensor) -> None:
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name}: got {x.dtype}, allowed are {', '.join(map(str, FLOATS))}")
+
+
+def check_shape(name: str, x: Tensor, expected: tuple[int | None, ...]) -> None:
+    """`expected`: one entry a dimension, None for any size."""
+    if x.dim() != len(expected) or any(e is not None and e != s for s, e in zip(x.shape, expected, strict=True)):
+        want = ", ".join("any" if e is None else str(e) for e in expected)
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, allowed is ({want})")
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that matrix products on `x` run in: autocast's where it is on, else x's own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

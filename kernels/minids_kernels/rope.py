@@ -1,0 +1,64 @@
+"""Rotary position embedding on interleaved pairs (x0, x1), (x2, x3), ... as DeepSeek lays them out (arXiv 2104.09864).
+
+x [T, H, D] with angles cos, sin [T, R/2], R <= D: of each head the last R entries are rotated, out[2i] = x[2i] cos_i -
+x[2i+1] sin_i and out[2i+1] = x[2i] sin_i + x[2i+1] cos_i; the first D - R pass through (the "nope" part of a query or key).
+Test: tests/kernels/test_rope.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._checks import check_float, check_shape
+
+__all__ = ["rope", "rope_reference"]
+
+
+def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The rotation as a complex product in fp32; shapes as `rope`."""
+    passed, rotated = x.split([x.shape[-1] - 2 * cos.shape[-1], 2 * cos.shape[-1]], dim=-1)
+    pairs = torch.view_as_complex(rotated.float().unflatten(-1, (-1, 2)).contiguous())
+    angles = torch.complex(cos.float(), sin.float()).unsqueeze(1)
+    return torch.cat((passed, torch.view_as_real(pairs * angles).flatten(-2).to(x.dtype)), dim=-1)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """A copy of x with its tail rotated: tail * [c, c] + swapped tail * [-s, s], pair by pair."""
+    out = x.clone(memory_format=torch.contiguous_format)
+    tail = out[..., out.shape[-1] - 2 * cos.shape[-1] :]
+    swapped = tail.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    cos = cos.to(x.dtype).repeat_interleave(2, -1).unsqueeze(1)
+    sin = torch.stack((-sin, sin), dim=-1).to(x.dtype).flatten(-2).unsqueeze(1)
+    tail.mul_(cos).addcmul_(swapped, sin)
+    return out
+
+
+class _Rope(torch.autograd.Function):
+    """The gradient of a rotation is the rotation back."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, dout: Tensor):  # type: ignore[no-untyped-def]
+        cos, sin = ctx.saved_tensors
+        return _rotate(dout, cos, -sin), None, None
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [T, H, D], cos and sin [T, R/2] -> x with the last R entries of each head rotated, same dtype. Differentiable in x.
+
+    Raises TypeError for a dtype that is no float, ValueError when cos or sin is not [T, at most D/2].
+    """
+    check_float("x", x)
+    check_shape("x", x, (None, None, None))
+    check_shape("cos", cos, (x.shape[0], None))
+    check_shape("sin", sin, tuple(cos.shape))
+    if 2 * cos.shape[1] > x.shape[-1]:
+        raise ValueError(
+            f"cos: got {cos.shape[1]} angles, allowed are at most {x.shape[-1] // 2} for heads of {x.shape[-1]}"
+        )
+    return _Rope.apply(x, cos, sin)  # type: ignore[no-any-return, no-untyped-call]

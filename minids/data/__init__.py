@@ -1,0 +1,1 @@
+"""From row files to packed token shards on disk."""

@@ -1,0 +1,9 @@
+"""The exceptions that the command line turns into one line and an exit code."""
+
+
+class InputError(ValueError):
+    """Bad input: what came, where, and what would be right, in one sentence. Exit code 2."""
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM ended a stage; the text says what was saved. Exit code 130."""

@@ -1,0 +1,86 @@
+"""Bits per byte of a model on row files: of whole texts, and of what the assistant says in conversations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minids.data.loader import Batch
+from minids.data.pack import Sample
+from minids.data.rows import Row, read_rows
+from minids.errors import InputError
+from minids.loading import load
+from minids.tokenizer import Tokenizer
+from minids.train.loop import autocast, pick_device, pick_dtype
+from minids.train.measure import join, likelihood, token_bytes
+
+
+def _windows(ids: list[int], mask: list[bool], seq_len: int) -> Iterator[Sample]:
+    """`ids` in pieces of at most `seq_len`, each beginning with the last token of the one before, so that every token
+    but the first is predicted exactly once."""
+    for start in range(0, max(1, len(ids) - 1), seq_len - 1):
+        piece = slice(start, start + seq_len)
+        yield Sample(np.array(ids[piece]), np.array(mask[piece], dtype=bool))
+
+
+def _samples(rows: Iterable[Row], tokenizer: Tokenizer, seq_len: int, counts: dict[str, int]) -> Iterator[Sample]:
+    for row in rows:
+        if row.kind == "text" and row.text is not None:
+            ids = tokenizer.encode(row.text, add_bos=True, add_eos=True)
+            mask = [True] * len(ids)
+        elif row.kind == "chat":
+            ids, mask = tokenizer.encode_chat(row.messages, row.tools)
+        else:
+            counts["skipped"] += 1
+            continue
+        counts["rows"] += 1
+        yield from _windows(ids, mask, seq_len)
+
+
+def _batches(samples: Iterable[Sample], tokens: int, seq_len: int, pad_id: int) -> Iterator[Batch]:
+    """The samples in batches of at most `tokens` tokens."""
+    waiting: list[Sample] = []
+    size = 0
+    for sample in samples:
+        if waiting and size + len(sample.tokens) > tokens:
+            yield join(waiting, seq_len, pad_id)
+            waiting, size = [], 0
+        waiting.append(sample)
+        size += len(sample.tokens)
+    if waiting:
+        yield join(waiting, seq_len, pad_id)
+
+
+def bits_per_byte(
+    path: str | Path,
+    files: Sequence[str],
+    seq_len: int | None = None,
+    batch_size: int = 8,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> dict[str, Any]:
+    """Measures the model at `path` (as `minids.load`) on all rows of `files`.
+
+    seq_len: longest context (None: the model's maximum, at most 2048); longer texts are measured in pieces of it. A
+    batch holds batch_size * seq_len tokens. Returns {"bits_per_byte", "nll" (nats per token), "perplexity", "tokens",
+    "bytes", "rows", "skipped" (rows of other kinds)}. Raises InputError for unusable files, or a seq_len the model does
+    not take.
+    """
+    where = pick_device(device)
+    model, tokenizer = load(path, device=where)
+    longest = model.config.max_position_embeddings
+    length = min(longest, 2048) if seq_len is None else seq_len
+    if not 2 <= length <= longest:
+        raise InputError(f"--seq-len: got {length}, wanted 2 to {longest}, the longest the model in {path} takes")
+    counts = {"rows": 0, "skipped": 0}
+    samples = _samples(read_rows(files), tokenizer, length, counts)
+    with autocast(where, pick_dtype(dtype, where)):
+        batches = _batches(samples, batch_size * length, length, tokenizer.pad_id)
+        values = likelihood(model, batches, token_bytes(tokenizer))
+    if "nll" not in values:
+        raise InputError(f"{', '.join(map(str, files))}: no text and no assistant's answer to measure")
+    return {**values, "perplexity": math.exp(min(values["nll"], 700.0)), **counts}

@@ -1,0 +1,1 @@
+"""Generation on a latent KV cache: `generate.LanguageModel`, and `chat` for terminals."""

@@ -1,0 +1,63 @@
+"""Multi-head latent attention (DeepSeek-V3 report, section 2.1.1): keys and values come from one low-rank latent a token.
+
+Shapes: T tokens of packed documents, D hidden_size, H heads, C kv_lora_rank, N/R the nope and rope widths of a query head.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from minids_kernels import mla_attention, rope
+from torch import Tensor, nn
+
+from minids.config import ModelConfig
+from minids.model.norm import RMSNorm
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        heads, width = config.num_attention_heads, config.hidden_size
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(width, heads * config.qk_head_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(width, config.q_lora_rank, bias=False)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(width, config.kv_lora_rank + config.qk_rope_head_dim, bias=False)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank)
+        self.kv_b_proj = nn.Linear(
+            config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False
+        )
+        self.o_proj = nn.Linear(heads * config.v_head_dim, width, bias=False)
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, D] -> queries [T, H, N + R] with the last R rotated, and all that a cache holds of a token: the normalised
+        latent [T, C] and the rotated key [T, R] that heads share."""
+        config = self.config
+        first = self.q_proj if config.q_lora_rank is None else self.q_a_proj
+        weight = torch.cat((first.weight, self.kv_a_proj_with_mqa.weight))  # one product for both: they are narrow
+        q, latent, rotary = F.linear(x, weight).split(
+            [first.out_features, config.kv_lora_rank, config.qk_rope_head_dim], dim=-1
+        )
+        if config.q_lora_rank is not None:
+            q = self.q_b_proj(self.q_a_layernorm(q))
+        q = rope(q.unflatten(-1, (-1, config.qk_head_dim)), cos, sin)
+        return q, self.kv_a_layernorm(latent), rope(rotary.unsqueeze(1), cos, sin).squeeze(1)
+
+    def attend(self, q: Tensor, latent: Tensor, rotary: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """What `project` gave, keys and values expanded from the latents -> [T, D]; cu_seqlens int32 [documents + 1]."""
+        config = self.config
+        k_nope, v = (
+            self.kv_b_proj(latent)
+            .unflatten(-1, (config.num_attention_heads, -1))
+            .split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
+        )
+        k = torch.cat((k_nope, rotary.unsqueeze(1).expand(-1, config.num_attention_heads, -1)), dim=-1)
+        out = mla_attention(q, k, v, cu_seqlens, causal=True, scale=config.softmax_scale)
+        return self.o_proj(out.flatten(1))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """x [T, D], cos and sin [T, R/2], cu_seqlens int32 [documents + 1] -> [T, D]."""
+        return self.attend(*self.project(x, cos, sin), cu_seqlens)

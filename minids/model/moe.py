@@ -1,0 +1,114 @@
+"""Feed-forward layers: dense SwiGLU, and DeepSeekMoE with shared and routed experts (DeepSeek-V3 report, section 2.1.2).
+
+Load is balanced by a bias per expert that only steers selection and is moved after each step (`update_bias`), and by a
+small sequence-wise balance loss. T tokens, D hidden_size, E routed experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from minids_kernels import moe_experts, moe_gate, swiglu
+from torch import Tensor, nn
+
+from minids.config import ModelConfig
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), x [T, D] -> [T, D]."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate_up = F.linear(x, torch.cat((self.gate_proj.weight, self.up_proj.weight)))
+        return self.down_proj(swiglu(gate_up))
+
+
+class Gate(nn.Module):
+    """Scores in fp32 whatever the surrounding precision; `e_score_correction_bias` [E] is a buffer, moved by hand."""
+
+    e_score_correction_bias: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, D] -> topk_ids [T, k], topk_weight [T, k], scores [T, E]."""
+        config = self.config
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.float(), self.weight.float())
+        return moe_gate(
+            logits, self.e_score_correction_bias, config.num_experts_per_tok, config.n_group, config.topk_group,
+            config.norm_topk_prob, config.routed_scaling_factor,
+        )  # fmt: skip
+
+
+class Experts(nn.Module):
+    """All routed experts' weights, stacked: `gate_up_proj` [E, 2F, D], `down_proj` [E, D, F]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        experts, width, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, width))
+        self.down_proj = nn.Parameter(torch.empty(experts, width, inner))
+
+    def forward(self, x: Tensor, topk_ids: Tensor, topk_weight: Tensor) -> Tensor:
+        return moe_experts(x, topk_ids, topk_weight, self.gate_up_proj, self.down_proj)
+
+
+@dataclass
+class Routing:
+    """What one MoE layer did: `balance` the sequence-wise balance loss (no alpha), `counts` [E] tokens per expert."""
+
+    balance: Tensor
+    counts: Tensor
+
+
+class MoE(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = Gate(config)
+        self.experts = Experts(config)
+        self.shared_experts = (
+            MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
+            if config.n_shared_experts
+            else None
+        )
+
+    def forward(self, x: Tensor, sequences: int) -> tuple[Tensor, Routing]:
+        """x [T, D], T tokens of `sequences` equally long sequences -> [T, D] and how tokens were routed."""
+        ids, weight, scores = self.gate(x)
+        out = self.experts(x, ids, weight)
+        if self.shared_experts is not None:
+            out = out + self.shared_experts(x)
+        return out, routing(ids, scores, sequences)
+
+
+def routing(topk_ids: Tensor, scores: Tensor, sequences: int) -> Routing:
+    """Balance loss (report, equations 17-20): sum over experts of f_i P_i, averaged over sequences."""
+    tokens, experts = scores.shape
+    top_k = topk_ids.shape[1]
+    length = tokens // sequences
+    counts = torch.zeros(sequences, experts, device=scores.device)
+    counts.scatter_add_(
+        1, topk_ids.view(sequences, -1), torch.ones((), device=scores.device).expand(sequences, length * top_k)
+    )
+    share = scores / scores.sum(-1, keepdim=True)
+    mean_share = share.view(sequences, length, experts).mean(1)
+    balance = (counts * (experts / (top_k * length)) * mean_share).sum(-1).mean()
+    return Routing(balance, counts.sum(0))
+
+
+@torch.no_grad()
+def update_bias(gate: Gate, counts: Tensor, speed: float) -> None:
+    """Moves the bias of overloaded experts down and of underloaded ones up by `speed` (report, section 2.1.2)."""
+    gate.e_score_correction_bias += speed * torch.sign(counts.mean() - counts)

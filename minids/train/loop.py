@@ -1,0 +1,331 @@
+"""The training loop that pretrain, sft and dpo share.
+
+A Task supplies batches, their loss and held-out values; `train` does everything around them: gradient accumulation,
+autocast, clipping, AdamW, the schedule, expert balancing, metrics, evaluation, checkpoints, signals. Weights, gradients
+and optimizer state are fp32. What a step computes depends on its number and on what checkpoints hold, on nothing else,
+so a resumed run repeats an uninterrupted one bit for bit (same machine, same number of threads).
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from minids.config import TrainConfig
+from minids.data.loader import Batch
+from minids.errors import InputError, Interrupted
+from minids.model.model import DeepseekV3
+from minids.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from minids.train.log import (
+    CURVES,
+    METRICS,
+    REPORT,
+    Means,
+    MetricsLog,
+    Panels,
+    note,
+    progress,
+    write_curves,
+    write_report,
+)
+from minids.train.optim import build_optimizer, set_learning_rate
+from minids.train.run import Run, StageConfig
+from minids.train.schedule import bias_speed, learning_rate, mtp_weight
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@dataclass(frozen=True)
+class Window:
+    """One optimizer step's batches: how many, what they count in total (`Task.count`), the weight of the MTP loss."""
+
+    batches: int
+    counted: int
+    mtp_weight: float
+
+
+@dataclass
+class StepLoss:
+    """One batch's share of a step: `loss` and the scalars in `metrics` add up over the window. expert_counts [MoE
+    layers, E] or None."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    expert_counts: Tensor | None = None
+
+
+class Task(Protocol):
+    """What a stage teaches. Its batches lie on the CPU; `loss` and `evaluate` run under autocast."""
+
+    @property
+    def stage(self) -> str: ...
+
+    seq_len: int
+
+    @property
+    def curves(self) -> Panels: ...
+    @property
+    def lower_is_better(self) -> Sequence[str]: ...
+    def next_batch(self) -> Any: ...
+    def count(self, batch: Any) -> int: ...
+    def tokens(self, batch: Any) -> int: ...
+    def loss(self, model: DeepseekV3, batch: Any, window: Window) -> StepLoss: ...
+    def evaluate(self, model: DeepseekV3) -> dict[str, float]: ...
+    def state(self) -> dict[str, Any]: ...
+    def load_state(self, state: Mapping[str, Any]) -> None: ...
+    def summary(self) -> list[str]: ...
+    def next_commands(self, out: Path) -> list[str]: ...
+
+
+def counted_tokens(batch: Batch) -> int:
+    return int((batch.labels >= 0).sum())
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto": CUDA when there is one, else the CPU. InputError for a device this machine does not have."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        raise InputError(
+            f"train.device: got {name!r}, which cannot be used here ({str(error).splitlines()[0]})"
+        ) from None
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Of matrix products. "auto": bf16 where the hardware multiplies in it, else fp32."""
+    if name != "auto":
+        return torch.bfloat16 if name == "bf16" else torch.float32
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        features = torch.cpu.get_capabilities()
+        fast = bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+    return torch.bfloat16 if fast else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def _random_state(device: torch.device) -> dict[str, str]:
+    state = {"torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return {name: bytes(value.tolist()).hex() for name, value in state.items()}
+
+
+def _set_random_state(state: Mapping[str, str], device: torch.device) -> None:
+    values = {name: torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8) for name, text in state.items()}
+    torch.set_rng_state(values["torch"])
+    if device.type == "cuda" and "cuda" in values:
+        torch.cuda.set_rng_state(values["cuda"], device)
+
+
+def _imbalance(counts: Tensor) -> Tensor:
+    """How much busier the busiest expert is than the mean, as a share of it, in the worst layer ("MaxVio")."""
+    return (counts.amax(1) / counts.mean(1).clamp(min=1e-9)).amax() - 1
+
+
+@contextmanager
+def _full_disk(out: Path) -> Iterator[None]:
+    """A full disk is the user's to mend: one line that says what is safe."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        last = latest_checkpoint(out)
+        kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+        raise InputError(f"{out}: {error.strerror}; make room and run again with --resume; {kept}") from error
+
+
+class Trainer:
+    """The state of one run. `train` is the way in."""
+
+    def __init__(self, task: Task, model: DeepseekV3, train: TrainConfig, config: StageConfig, run: Run) -> None:
+        self.task, self.model, self.train, self.config, self.run = task, model, train, config, run
+        self.device = next(model.parameters()).device
+        self.dtype = pick_dtype(train.dtype, self.device)
+        self.optimizer = build_optimizer(model, train)
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.means = Means()
+        # what a result's last bits may hang on, besides the configuration
+        self.numerics = {
+            "threads": torch.get_num_threads(),
+            "device": self.device.type,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "torch": torch.__version__,
+        }
+        if run.checkpoint is not None:
+            self._restore(load_checkpoint(run.checkpoint, model, self.optimizer))
+        self.log = MetricsLog(run.out, -1 if run.checkpoint is None else self.step)
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+        self.means = Means(state["means"])
+        self.task.load_state(state["task"])
+        _set_random_state(state["random"], self.device)
+        for name, value in self.numerics.items():
+            if state["numerics"][name] != value:
+                former = state["numerics"][name]
+                note(f"warning: {name} was {former} and is {value} now: results may differ in their last bits")
+
+    def save(self) -> None:
+        if latest_checkpoint(self.run.out) == self.run.out / f"step_{self.step:06d}":
+            return  # interrupted right after a checkpoint
+        self.log.sync()
+        state = {
+            "stage": self.task.stage,
+            "seq_len": self.task.seq_len,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "means": self.means.state(),
+            "task": self.task.state(),
+            "random": _random_state(self.device),
+            "numerics": self.numerics,
+        }
+        save_checkpoint(self.run.out, self.step, self.model, self.optimizer, state, self.config.checkpoint.keep)
+
+    def evaluate(self) -> None:
+        with torch.no_grad(), autocast(self.device, self.dtype):
+            values = self.task.evaluate(self.model)
+        self.log.write("eval", self.step, values)
+
+    def optimizer_step(self) -> dict[str, float]:
+        """One step; returns its metrics. InputError when the loss or the gradient is no longer finite."""
+        train, task = self.train, self.task
+        batches = [task.next_batch() for _ in range(train.grad_accumulation_steps)]
+        counted = max(1, sum(map(task.count, batches)))
+        window = Window(len(batches), counted, mtp_weight(self.step, train))
+        sums: dict[str, Tensor] = {}
+        counts: Tensor | None = None
+        for batch in batches:
+            with autocast(self.device, self.dtype):
+                part = task.loss(self.model, batch, window)
+            part.loss.backward()
+            for name, value in {"loss": part.loss, **part.metrics}.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().float()
+            if part.expert_counts is not None and part.expert_counts.numel():
+                counts = part.expert_counts if counts is None else counts + part.expert_counts
+        sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.grad_clip)
+        if counts is not None:
+            sums["expert_imbalance"] = _imbalance(counts)
+        values = dict(zip(sums, torch.stack([*sums.values()]).tolist(), strict=True))  # one wait for the device
+        if not math.isfinite(values["loss"] + values["grad_norm"]):
+            raise InputError(
+                f"step {self.step + 1}: the loss is {values['loss']} and the gradient norm {values['grad_norm']}, so "
+                f"training has diverged; lower train.lr (now {train.lr:g}) or raise train.warmup_steps"
+            )
+        values["lr"] = learning_rate(self.step, train)
+        set_learning_rate(self.optimizer, values["lr"])
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if counts is not None and (speed := bias_speed(self.step, train)):
+            self.model.update_expert_bias(counts, speed)
+        self.step += 1
+        self.tokens += sum(map(task.tokens, batches))
+        return values
+
+    def loop(self) -> None:
+        """To the last step. Interrupted, after a checkpoint, when a signal came."""
+        train, every, signals = self.train, self.config.checkpoint.every, self.run.signals
+        bar = progress(train.steps, self.step, "step", self.task.stage)
+        began, logged, tokens = time.perf_counter(), time.perf_counter(), self.tokens
+        before = self.seconds
+        signals.training = True
+        try:
+            if self.run.checkpoint is None:
+                self.evaluate()
+            while self.step < train.steps and not signals.received:
+                values = self.optimizer_step()
+                bar.update()
+                self.means.add(values)
+                last = self.step == train.steps
+                now = time.perf_counter()
+                self.seconds = before + now - began
+                if last or self.step % train.log_every == 0:
+                    speed = (self.tokens - tokens) / (now - logged)
+                    means = self.means.take()
+                    timing = {"tokens_per_second": round(speed, 1), "seconds": round(self.seconds, 3)}
+                    self.log.write("train", self.step, {**means, "tokens": self.tokens, **timing})
+                    bar.set_postfix(loss=f"{means['loss']:.3f}", tok_s=f"{speed:.0f}", refresh=False)
+                    logged, tokens = now, self.tokens
+                if last or (train.eval_every and self.step % train.eval_every == 0):
+                    self.evaluate()
+                if last or (every and self.step % every == 0):
+                    self.save()
+            if signals.received and self.step < train.steps:
+                self.save()
+                raise Interrupted(
+                    f"{signals.received}: saved {latest_checkpoint(self.run.out)} (step {self.step} of {train.steps}); "
+                    f"--resume continues"
+                )
+        finally:
+            signals.training = False
+            bar.close()
+            self.log.close()
+
+
+def train(task: Task, model: DeepseekV3, train: TrainConfig, config: StageConfig, run: Run) -> dict[str, Any]:
+    """Trains `model` in place to `train.steps`, from `run.checkpoint` when there is one, and writes the run folder.
+
+    `train`: config.train with what the stage worked out (steps from epochs). Returns the key figures: before and after
+    hold the held-out values, seconds counts earlier sittings too. Raises InputError (damaged checkpoint, full disk,
+    divergence) and Interrupted (saved).
+    """
+    began = time.perf_counter()
+    out = run.out
+    with _full_disk(out):
+        trainer = Trainer(task, model, train, config, run)
+        resumed_from = trainer.step if run.checkpoint is not None else None
+        finished = resumed_from is not None and resumed_from >= train.steps
+        if finished:
+            note(f"{out}: already finished at step {resumed_from}; nothing left to train")
+        trainer.loop()
+        records = trainer.log.records
+        evals = [{k: v for k, v in r.items() if k not in ("step", "kind")} for r in records if r["kind"] == "eval"]
+        speed = trainer.tokens / trainer.seconds if trainer.seconds else 0.0
+        summary = [
+            f"{task.stage}: {trainer.step} steps, {trainer.tokens:,} tokens in {trainer.seconds:.0f} s "
+            f"({speed:,.0f} tokens/s)",
+            f"model: {model.num_parameters():,} parameters, {model.num_parameters(active=True):,} active",
+            ", ".join(f"{name} {value}" for name, value in trainer.numerics.items()),
+            *task.summary(),
+        ]
+        has_curves = write_curves(out, records, task.curves)
+        commands = task.next_commands(out)
+        write_report(
+            out, f"{task.stage} {out.name}", summary, records, task.lower_is_better, config, has_curves, commands
+        )
+    return {
+        "stage": task.stage,
+        "out": str(out),
+        "checkpoint": str(latest_checkpoint(out)),
+        "steps": trainer.step,
+        "resumed_from": resumed_from,
+        "already_finished": finished,
+        "parameters": model.num_parameters(),
+        "active_parameters": model.num_parameters(active=True),
+        "tokens": trainer.tokens,
+        "tokens_per_second": round(speed, 1),
+        "seconds": round(trainer.seconds, 2),
+        "wall_seconds": round(time.perf_counter() - began, 2),
+        "before": evals[0],
+        "after": evals[-1],
+        "metrics": str(out / METRICS),
+        "report": str(out / REPORT),
+        "curves": str(out / CURVES) if has_curves else None,
+    }

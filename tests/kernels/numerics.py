@@ -1,0 +1,95 @@
+"""What the tests of kernels share: precisions, errors that rounding explains, awkward strides, poisoned memory."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Op = Callable[..., Tensor]
+
+# dtype of the tensors, and whether autocast to bf16 is on
+MODES = {
+    "fp64": (torch.float64, False),
+    "fp32": (torch.float32, False),
+    "bf16": (torch.bfloat16, False),
+    "fp16": (torch.float16, False),
+    "autocast": (torch.float32, True),
+}
+
+# same values, other strides
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    "a slice of columns": lambda x: F.pad(x, (1, 2))[..., 1:-2],
+    "every second row": lambda x: x.repeat_interleave(2, 0)[::2],
+}
+
+
+def error_bound(dtype: torch.dtype, roundings: int, length: int) -> float:
+    """Relative error to be expected of a result that passed `roundings` roundings to `dtype` and sums of `length` terms
+    in fp32 (in fp64 for fp64). One rounding is at most eps / 2; a sum's are independent and grow with its root."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return roundings * torch.finfo(dtype).eps / 2 + math.sqrt(length) * torch.finfo(wide).eps
+
+
+def assert_near(got: Tensor, want: Tensor, bound: float, what: str = "", floor: float = 0.0) -> None:
+    """Error against exact `want`: its root mean square within `bound` of want's, its maximum within 6 times that of
+    want's maximum (a Gaussian tail reaches 5 deviations in a million). A want below `floor` counts as it."""
+    assert got.shape == want.shape, f"{what}: {tuple(got.shape)} for {tuple(want.shape)}"
+    if want.numel() == 0:
+        return
+    error = got.double() - want
+    assert error.isfinite().all(), f"{what}: {int((~error.isfinite()).sum())} of {error.numel()} are not finite"
+    rms, scale = error.square().mean().sqrt(), want.square().mean().sqrt().clamp(min=floor)
+    assert rms <= bound * scale, f"{what}: error {rms / scale:.2e}, bound {bound:.2e}"
+    worst, largest = error.abs().max(), want.abs().max().clamp(min=floor)
+    assert worst <= 6 * bound * largest, f"{what}: largest error {worst / largest:.2e}, bound {6 * bound:.2e}"
+
+
+def leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same memory, as leaves that want gradients where they can."""
+    return [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
+
+
+def run(op: Op, tensors: Sequence[Tensor], dout: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+    """Output and the floating-point inputs' gradients; upstream gradient `dout`, or that of `.sum()`."""
+    inputs = leaves(tensors)
+    out = op(*inputs)
+    (out.sum() if dout is None else out).backward(dout)
+    grads = [x.grad for x in inputs if x.requires_grad]
+    assert all(g is not None for g in grads)
+    return out.detach(), [g for g in grads if g is not None]
+
+
+def check(op: Op, exact: Op, tensors: Sequence[Tensor], mode: str, roundings: int, length: int) -> None:
+    """`op` in `mode` against `exact` in fp64 on the same numbers: output and every gradient, values and dtypes.
+
+    Inputs are of size 1. A handful of results may all happen to be small differences of such numbers, whose error stays
+    that of the numbers.
+    """
+    dtype, autocast = MODES[mode]
+    inputs = [t.to(dtype) if t.is_floating_point() else t for t in tensors]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        shape = op(*inputs)
+        dout = torch.randn(shape.shape).to(shape.dtype)
+        out, grads = run(op, inputs, dout)
+    want, wanted = run(exact, [t.double() if t.is_floating_point() else t for t in inputs], dout.double())
+    bound = error_bound(torch.bfloat16 if autocast else dtype, roundings, length)
+    assert_near(out, want, bound, "output", floor=float(want.numel() < 50))
+    floats = [x for x in inputs if x.is_floating_point()]
+    for index, (x, grad, expected) in enumerate(zip(floats, grads, wanted, strict=True)):
+        assert grad.dtype == x.dtype
+        assert_near(grad, expected, bound, f"gradient {index}", floor=float(grad.numel() < 50))
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty and its kin give NaN: what an op forgets to write is seen."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,195 @@
+"""What holds of every differentiable op: gradients by finite differences, any strides, no harm to inputs, no memory
+left unwritten, the same bits twice. Values are each op's own test's matter."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+
+import minids_kernels as kernels
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.numerics import LAYOUTS, Op, assert_near, error_bound, leaves, poisoned_memory, run
+
+TOKENS = 14
+CU_SEQLENS = torch.tensor([0, 5, 5, 6, TOKENS], dtype=torch.int32)
+TARGETS = torch.tensor([3, -100, 0, 6, 6, 1, -100, 2, 3, 4, 5, 0, 1, 2])
+IDS = torch.tensor([[0, 1], [2, 1], [2, 0], [1, 2], [0, 1], [0, 2], [1, 0]] * 2)  # expert 3 stays empty
+ANGLE = torch.linspace(0, 3, TOKENS * 2).view(TOKENS, 2)
+BIAS = torch.linspace(-0.2, 0.2, 6)
+
+Inputs = Callable[[], list[Tensor]]
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return kernels.mla_attention(q, k, v, CU_SEQLENS)
+
+
+def _cross_entropy(x: Tensor, weight: Tensor) -> Tensor:
+    return kernels.linear_cross_entropy(x, weight, TARGETS)
+
+
+def _attention_inputs() -> list[Tensor]:
+    return [torch.randn(TOKENS, 2, 6), torch.randn(TOKENS, 2, 6), torch.randn(TOKENS, 2, 4)]
+
+
+def _cross_entropy_inputs() -> list[Tensor]:
+    return [torch.randn(TOKENS, 5), torch.randn(7, 5)]
+
+
+CASES: dict[str, tuple[Op, Inputs]] = {
+    "rms_norm": (kernels.rms_norm, lambda: [torch.randn(5, TOKENS), 1 + torch.rand(TOKENS)]),
+    "swiglu": (kernels.swiglu, lambda: [torch.randn(5, TOKENS)]),
+    "rope": (lambda x: kernels.rope(x, ANGLE.cos(), ANGLE.sin()), lambda: [torch.randn(TOKENS, 3, 6)]),
+    "cross-entropy": (_cross_entropy, _cross_entropy_inputs),
+    "cross-entropy, computed again": (_cross_entropy, _cross_entropy_inputs),
+    "attention": (_attention, _attention_inputs),
+    "attention, computed again": (_attention, _attention_inputs),
+    "attention, both ways": (
+        lambda q, k, v: kernels.mla_attention(q, k, v, CU_SEQLENS, causal=False),
+        _attention_inputs,
+    ),
+    "attention, shared keys": (
+        _attention,
+        lambda: [torch.randn(TOKENS, 2, 6), torch.randn(TOKENS, 1, 6), torch.randn(TOKENS, 1, 4)],
+    ),
+    "experts": (
+        lambda x, weight, w_gate_up, w_down: kernels.moe_experts(x, IDS, weight, w_gate_up, w_down),
+        lambda: [torch.randn(TOKENS, 5), torch.rand(TOKENS, 2), torch.randn(4, 6, 5), torch.randn(4, 5, 3)],
+    ),
+    "gate's weights": (
+        lambda logits: kernels.moe_gate(logits, BIAS, 2, n_group=3, topk_group=2, scale=2.5)[1],
+        lambda: [torch.randn(TOKENS, 6)],
+    ),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[Op, list[Tensor]]:
+    """An op and its inputs; large problems' ways are taken by small ones too."""
+    op, inputs = CASES[request.param]
+    if "computed again" in request.param:
+        monkeypatch.setattr(importlib.import_module("minids_kernels.cross_entropy"), "KEPT_ELEMENTS", 0)
+        monkeypatch.setattr(importlib.import_module("minids_kernels.mla_attention"), "KEPT_ELEMENTS", 0)
+    return op, inputs()
+
+
+def assert_same(one: tuple[Tensor, list[Tensor]], other: tuple[Tensor, list[Tensor]]) -> None:
+    for a, b in zip((one[0], *one[1]), (other[0], *other[1]), strict=True):
+        assert torch.equal(a, b)
+
+
+def assert_equal_but_for_rounding(one: tuple[Tensor, list[Tensor]], other: tuple[Tensor, list[Tensor]]) -> None:
+    """Other strides may take other matrix products: sums of at most TOKENS terms in another order, a few in a row."""
+    for a, b in zip((one[0], *one[1]), (other[0], *other[1]), strict=True):
+        assert_near(a, b.double(), error_bound(torch.float32, 16, TOKENS))
+
+
+def test_gradients_by_finite_differences(case: tuple[Op, list[Tensor]]) -> None:
+    op, inputs = case
+    assert torch.autograd.gradcheck(op, leaves([x.double() for x in inputs]), atol=1e-7)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_strides_of_inputs_do_not_matter(case: tuple[Op, list[Tensor]], layout: Callable[[Tensor], Tensor]) -> None:
+    op, inputs = case
+    strided = [layout(x) for x in inputs]
+    assert any(not x.is_contiguous() for x in strided)
+    dout = torch.randn_like(op(*inputs))
+    assert_equal_but_for_rounding(run(op, strided, dout), run(op, inputs, dout))
+
+
+def test_expanded_inputs(case: tuple[Op, list[Tensor]]) -> None:
+    """Columns that share memory: nothing may be written through one."""
+    op, inputs = case
+    expanded = [x[..., :1].expand(x.shape) for x in inputs]
+    plain = [x.contiguous() for x in expanded]
+    dout = torch.randn_like(op(*plain))
+    assert_equal_but_for_rounding(run(op, expanded, dout), run(op, plain, dout))
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS.values(), None], ids=[*LAYOUTS, "expanded"])
+def test_strides_of_the_gradient_do_not_matter(
+    case: tuple[Op, list[Tensor]], layout: Callable[[Tensor], Tensor] | None
+) -> None:
+    """`.sum()` hands down one number expanded."""
+    op, inputs = case
+    out = op(*inputs)
+    if layout is None:
+        assert_equal_but_for_rounding(run(op, inputs), run(op, inputs, torch.ones_like(out)))
+    else:
+        dout = torch.randn_like(out)
+        assert_equal_but_for_rounding(run(op, inputs, layout(dout)), run(op, inputs, dout))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inputs_stay_as_they_are(case: tuple[Op, list[Tensor]], dtype: torch.dtype) -> None:
+    op, inputs = case
+    inputs = [x.to(dtype) for x in inputs]
+    copies = [x.clone() for x in inputs]
+    dout = torch.randn_like(op(*inputs))
+    dout_copy = dout.clone()
+    run(op, inputs, dout)
+    assert all(torch.equal(x, copy) for x, copy in zip(inputs, copies, strict=True))
+    assert torch.equal(dout, dout_copy)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
+def test_the_same_bits_twice_and_no_memory_left_unwritten(case: tuple[Op, list[Tensor]], autocast: bool) -> None:
+    op, inputs = case
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        dout = torch.randn_like(op(*inputs))
+        first = run(op, inputs, dout)
+        assert_same(run(op, inputs, dout), first)
+        with poisoned_memory():
+            out, grads = run(op, inputs, dout)
+    assert all(t.isfinite().all() for t in (out, *grads))
+    assert_equal_but_for_rounding((out, grads), first)
+
+
+def test_backward_may_run_twice(case: tuple[Op, list[Tensor]]) -> None:
+    """What the forward kept is not used up."""
+    op, inputs = case
+    inputs = leaves(inputs)
+    out = op(*inputs)
+    dout = torch.randn_like(out)
+    first = torch.autograd.grad(out, inputs, dout, retain_graph=True)
+    second = torch.autograd.grad(out, inputs, dout)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_second_derivatives_are_right_or_refused(case: tuple[Op, list[Tensor]]) -> None:
+    """No op has a gradient of its gradient that is silently wrong."""
+    op, inputs = case
+    wide = leaves([x.double() for x in inputs])
+    try:
+        grads = torch.autograd.grad(op(*wide).square().sum(), wide, create_graph=True)
+        torch.stack([g.square().sum() for g in grads]).sum().backward()
+    except RuntimeError as error:
+        assert "once_differentiable" in str(error)
+    else:
+        assert torch.autograd.gradgradcheck(op, wide, atol=1e-6)
+
+
+def test_inputs_that_want_no_gradient(case: tuple[Op, list[Tensor]]) -> None:
+    """Each alone gets what it gets beside the others; without any there is no graph."""
+    op, inputs = case
+    dout = torch.randn_like(op(*inputs))
+    _, grads = run(op, inputs, dout)
+    for index, want in enumerate(grads):
+        alone = [x.detach().requires_grad_(i == index) for i, x in enumerate(inputs)]
+        op(*alone).backward(dout)
+        got = alone[index].grad
+        assert got is not None and all(x.grad is None for i, x in enumerate(alone) if i != index)
+        assert_near(got, want.double(), math.sqrt(TOKENS) * torch.finfo(torch.float32).eps)
+    assert not op(*inputs).requires_grad
+
+
+def test_inference_mode_gives_the_same(case: tuple[Op, list[Tensor]]) -> None:
+    op, inputs = case
+    with torch.inference_mode():
+        quiet = op(*inputs)
+    assert_near(quiet.clone(), op(*leaves(inputs)).detach().double(), error_bound(torch.float32, 4, TOKENS))

@@ -1,0 +1,211 @@
+"""The gate against a loop over tokens, experts against one token and slot after the other in fp64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from minids_kernels import moe_experts, moe_experts_reference, moe_gate
+from torch import Tensor
+
+from tests.kernels.numerics import MODES, assert_near, check, error_bound, run
+
+
+def inputs(tokens: int, width: int, inner: int, experts: int, top_k: int) -> list[Tensor]:
+    """x, weights of the router, w_gate_up, w_down of sizes that leave outputs of about 1."""
+    return [
+        torch.randn(tokens, width),
+        torch.rand(tokens, top_k) + 0.1,
+        torch.randn(experts, 2 * inner, width) / math.sqrt(width),
+        torch.randn(experts, width, inner) * math.sqrt(3 / inner),
+    ]
+
+
+def route(tokens: int, experts: int, top_k: int) -> Tensor:
+    """Different experts for each token, unequal loads."""
+    return (torch.rand(tokens, experts) + torch.linspace(0, 0.7, experts)).topk(top_k, -1).indices
+
+
+def exact(x: Tensor, ids: Tensor, weight: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
+    rows = []
+    for token, experts in enumerate(ids.tolist()):
+        row = torch.zeros_like(x[token])
+        for slot, expert in enumerate(experts):
+            gate, up = (w_gate_up[expert] @ x[token]).chunk(2)
+            row = row + weight[token, slot] * (w_down[expert] @ (F.silu(gate) * up))
+        rows.append(row)
+    return torch.stack(rows) if rows else x * sum(t.sum() * 0 for t in (weight, w_gate_up, w_down))
+
+
+def check_routing(ids: Tensor, tensors: list[Tensor], mode: str, factor: int = 1) -> None:
+    check(
+        lambda x, weight, wg, wd: moe_experts(x, ids, weight, wg, wd),
+        lambda x, weight, wg, wd: exact(x, ids, weight, wg, wd),
+        tensors, mode, roundings=12 * factor, length=4 * max(tensors[0].shape[1], *tensors[3].shape, len(ids)),
+    )  # fmt: skip
+
+
+# tokens, width, inner, experts, top_k; widths of 17 and 33 rows are no multiple of 16 bytes in any dtype
+SIZES = [(0, 8, 4, 4, 2), (1, 8, 4, 4, 2), (23, 17, 33, 5, 2), (23, 33, 17, 7, 3), (40, 16, 8, 1, 1), (9, 12, 20, 4, 4),
+         (150, 6, 3, 2, 1), (31, 1, 1, 3, 2)]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_experts_agree_with_a_loop(size: tuple[int, int, int, int, int], mode: str) -> None:
+    tokens, _, _, experts, top_k = size
+    check_routing(route(tokens, experts, top_k), inputs(*size), mode)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_reference_agrees_with_a_loop(size: tuple[int, int, int, int, int]) -> None:
+    tokens, _, _, experts, top_k = size
+    ids, (x, weight, wg, wd) = route(tokens, experts, top_k), inputs(*size)
+    want = exact(x.double(), ids, weight.double(), wg.double(), wd.double())
+    assert_near(moe_experts_reference(x, ids, weight, wg, wd), want, error_bound(torch.float32, 8, 100))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    tokens=st.integers(0, 20), experts=st.integers(1, 6), top_k=st.integers(1, 4), width=st.integers(1, 9),
+    inner=st.integers(1, 9), used=st.integers(1, 6), seed=st.integers(0, 2**16),
+)  # fmt: skip
+def test_any_routing(tokens: int, experts: int, top_k: int, width: int, inner: int, used: int, seed: int) -> None:
+    """All tokens to a few experts, the same expert twice for a token, no tokens."""
+    torch.manual_seed(seed)
+    ids = torch.randperm(experts)[:used][torch.randint(min(used, experts), (tokens, top_k))]
+    check_routing(ids, inputs(tokens, width, inner, experts, top_k), "fp64", factor=16)
+
+
+def test_all_tokens_to_one_expert() -> None:
+    """The others' gradients are exactly zero."""
+    tensors = inputs(130, 8, 6, 4, 1)
+    ids = torch.full((130, 1), 2)
+    check_routing(ids, tensors, "fp32")
+    _, (_, _, dwg, dwd) = run(lambda x, w, wg, wd: moe_experts(x, ids, w, wg, wd), tensors)
+    assert dwg[[0, 1, 3]].count_nonzero() == dwd[[0, 1, 3]].count_nonzero() == 0
+    assert dwg[2].count_nonzero() == dwg[2].numel()
+
+
+def test_tokens_do_not_meet() -> None:
+    """Changing one token changes no other's output or gradient, whichever experts they share."""
+    x, weight, wg, wd = inputs(20, 8, 6, 4, 2)
+    ids = route(20, 4, 2)
+    other = x.clone()
+    other[0] = 100.0
+    out, (dx, dweight, _, _) = run(lambda *t: moe_experts(t[0], ids, *t[1:]), [x, weight, wg, wd])
+    out2, (dx2, dweight2, _, _) = run(lambda *t: moe_experts(t[0], ids, *t[1:]), [other, weight, wg, wd])
+    for one, two in ((out, out2), (dx, dx2), (dweight, dweight2)):
+        assert torch.equal(one[1:], two[1:]) and not torch.equal(one[0], two[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.zeros(3, 4).int()}, TypeError, "x: got torch.int32"),
+        ({"x": torch.zeros(12)}, ValueError, r"x: got shape \(12,\), allowed is \(any, any\)"),
+        ({"w_down": torch.zeros(4, 6)}, ValueError, r"w_down: got shape \(4, 6\), allowed is \(any, 4, any\)"),
+        ({"w_down": torch.zeros(2, 5, 6)}, ValueError, r"w_down: got shape \(2, 5, 6\), allowed is \(any, 4, any\)"),
+        ({"w_gate_up": torch.zeros(2, 11, 4)}, ValueError, r"w_gate_up: got .*, allowed is \(2, 12, 4\)"),
+        ({"topk_ids": torch.zeros(4, 1).long()}, ValueError, r"topk_ids: got shape \(4, 1\), allowed is \(3, any\)"),
+        ({"topk_ids": torch.zeros(3, 1).int()}, TypeError, "topk_ids: got torch.int32, allowed is torch.int64"),
+        ({"topk_weight": torch.zeros(3, 2)}, ValueError, r"topk_weight: got .*, allowed is \(3, 1\)"),
+    ],
+)
+def test_bad_input_to_experts(change: dict[str, Tensor], error: type[Exception], message: str) -> None:
+    good = dict(
+        x=torch.zeros(3, 4), topk_ids=torch.zeros(3, 1).long(), topk_weight=torch.zeros(3, 1),
+        w_gate_up=torch.zeros(2, 12, 4), w_down=torch.zeros(2, 4, 6),
+    )  # fmt: skip
+    with pytest.raises(error, match=message):
+        moe_experts(**{**good, **change})
+
+
+def gate_by_hand(
+    logits: list[float], bias: list[float], top_k: int, groups: int, topk_group: int, norm: bool, scale: float
+) -> dict[int, float]:
+    """Expert -> weight of one token: the report's section 2.1.2 with plain lists."""
+    scores = [1 / (1 + math.exp(-value)) for value in logits]
+    choice = [s + b for s, b in zip(scores, bias, strict=True)]
+    size = len(choice) // groups
+    members = [list(range(g * size, (g + 1) * size)) for g in range(groups)]
+    best = sorted(range(groups), key=lambda g: -sum(sorted((choice[e] for e in members[g]), reverse=True)[:2]))
+    allowed = [e for g in best[:topk_group] for e in members[g]] if groups > 1 else members[0]
+    chosen = sorted(allowed, key=lambda e: -choice[e])[:top_k]
+    total = sum(scores[e] for e in chosen) if norm else 1.0
+    return {e: scores[e] / total * scale for e in chosen}
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    tokens=st.integers(0, 6), groups=st.integers(1, 4), size=st.integers(2, 5), topk_group=st.integers(1, 4),
+    top_k=st.integers(1, 6), norm=st.booleans(), scale=st.sampled_from([1.0, 2.5]),
+    bias_size=st.sampled_from([0, 1, 9]), seed=st.integers(0, 2**16),
+)  # fmt: skip
+def test_gate_agrees_with_a_loop(
+    tokens: int, groups: int, size: int, topk_group: int, top_k: int, norm: bool, scale: float, bias_size: int,
+    seed: int,
+) -> None:  # fmt: skip
+    """A large bias chooses against the scores (it may make choices negative); weights are of the scores alone."""
+    torch.manual_seed(seed)
+    topk_group = min(topk_group, groups)
+    top_k = min(top_k, size * topk_group)
+    logits = torch.randn(tokens, groups * size, dtype=torch.float64)
+    bias = bias_size * torch.randn(groups * size, dtype=torch.float64)
+    ids, weight, scores = moe_gate(logits, bias, top_k, groups, topk_group, norm, scale)
+    assert ids.dtype == torch.int64 and ids.shape == weight.shape == (tokens, top_k)
+    torch.testing.assert_close(scores, logits.sigmoid())
+    for token in range(tokens):
+        want = gate_by_hand(logits[token].tolist(), bias.tolist(), top_k, groups, topk_group, norm, scale)
+        got = dict(zip(ids[token].tolist(), weight[token].tolist(), strict=True))
+        assert got == pytest.approx(want, rel=1e-12)
+
+
+def test_ties_fall_the_same_way_every_time() -> None:
+    """Equal scores (a model at its start, or padding): k different experts, the same for equal rows and every run."""
+    logits, bias = torch.zeros(64, 32), torch.zeros(32)
+    first, weight, _ = moe_gate(logits, bias, 4, n_group=4, topk_group=2)
+    assert torch.equal(first, first[:1].expand_as(first))
+    assert first[0].unique().numel() == 4 and first[0].div(8, rounding_mode="floor").unique().numel() <= 2
+    assert torch.equal(weight, torch.full((64, 4), 0.25))
+    for _ in range(3):
+        assert torch.equal(moe_gate(logits, bias, 4, n_group=4, topk_group=2)[0], first)
+
+
+def test_bias_gets_no_gradient_and_moves_no_weight() -> None:
+    logits, bias = torch.randn(5, 4, requires_grad=True), torch.zeros(4, requires_grad=True)
+    _, weight, scores = moe_gate(logits, bias, 4)
+    _, shifted, _ = moe_gate(logits, bias + torch.tensor([5.0, 0, 0, 0]), 4)
+    torch.testing.assert_close(weight.sort().values, shifted.sort().values)
+    (weight.square().sum() + scores.sum()).backward()
+    assert bias.grad is None and logits.grad is not None and logits.grad.count_nonzero() == 20
+
+
+def test_gate_far_below_does_not_divide_by_zero() -> None:
+    """sigmoid(-200) is 0 in fp32: weights become 0, not NaN."""
+    _, weight, _ = moe_gate(torch.full((2, 4), -200.0), torch.zeros(4), 2)
+    assert weight.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"logits": torch.zeros(3, 8).int()}, TypeError, "logits: got torch.int32"),
+        ({"logits": torch.zeros(8)}, ValueError, r"logits: got shape \(8,\), allowed is \(any, any\)"),
+        ({"bias": torch.zeros(7)}, ValueError, r"bias: got shape \(7,\), allowed is \(8\)"),
+        ({"n_group": 3}, ValueError, "n_group: got 3, allowed is a divisor of 8 experts leaving 2 or more"),
+        ({"n_group": 8}, ValueError, "n_group: got 8"),
+        ({"topk_group": 3}, ValueError, "topk_group: got 3, allowed is 1 to n_group = 2"),
+        ({"topk_group": 0}, ValueError, "topk_group: got 0"),
+        ({"top_k": 5}, ValueError, "top_k: got 5, allowed is 1 to 4"),
+        ({"top_k": 0}, ValueError, "top_k: got 0"),
+    ],
+)
+def test_bad_input_to_the_gate(change: dict[str, object], error: type[Exception], message: str) -> None:
+    good = dict(logits=torch.zeros(3, 8), bias=torch.zeros(8), top_k=2, n_group=2, topk_group=1)
+    with pytest.raises(error, match=message):
+        moe_gate(**{**good, **change})  # type: ignore[arg-type]

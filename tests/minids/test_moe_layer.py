@@ -1,0 +1,131 @@
+"""Load balance of mixture-of-experts layers: the report's balance loss in a loop, and the bias that moves loads."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from minids_kernels import moe_gate
+
+from minids.model.moe import MLP, Gate, MoE, routing, update_bias
+from tests.minids.tiny import model_config, one_thread
+
+
+@pytest.fixture(autouse=True)
+def quick() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sequences=st.integers(1, 4), length=st.integers(1, 9), experts=st.integers(1, 6), top_k=st.integers(1, 6),
+    seed=st.integers(0, 2**16),
+)  # fmt: skip
+def test_balance_loss_in_a_loop(sequences: int, length: int, experts: int, top_k: int, seed: int) -> None:
+    """Equations 17 to 20: f_i = E / (k T) * tokens that chose i, P_i = mean of s_i / sum of s; the sum of f_i P_i."""
+    torch.manual_seed(seed)
+    top_k = min(top_k, experts)
+    logits = torch.randn(sequences * length, experts, requires_grad=True)
+    ids, _, scores = moe_gate(logits, torch.randn(experts), top_k)
+    got = routing(ids, scores, sequences)
+    total = torch.zeros(())
+    for sequence in range(sequences):
+        tokens = range(sequence * length, (sequence + 1) * length)
+        for i in range(experts):
+            f = experts / (top_k * length) * sum(i in ids[t].tolist() for t in tokens)
+            p = sum(scores[t, i] / scores[t].sum() for t in tokens) / length
+            total = total + f * p / sequences
+    torch.testing.assert_close(got.balance, total)
+    assert got.counts.tolist() == [int((ids == i).sum()) for i in range(experts)]
+    grads = [torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (got.balance, total)]
+    torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-5)
+
+
+def test_balance_loss_is_one_when_even_and_more_when_not() -> None:
+    even = torch.full((8, 4), 0.5)
+    assert routing(torch.arange(8).view(8, 1) % 4, even, 1).balance.item() == pytest.approx(1.0)
+    skewed = torch.tensor([[0.9, 0.1, 0.1, 0.1]]).expand(8, 4)
+    # all tokens to expert 0, whose mean share is 0.9 / 1.2: 4 * 0.75
+    assert routing(torch.zeros(8, 1, dtype=torch.int64), skewed, 1).balance.item() == pytest.approx(3.0)
+
+
+def test_balance_is_taken_within_each_sequence() -> None:
+    """Two sequences that each use one expert are unbalanced, though the batch is not."""
+    ids = torch.tensor([[0]] * 4 + [[1]] * 4)
+    scores = torch.tensor([[0.9, 0.1]] * 4 + [[0.1, 0.9]] * 4)
+    assert routing(ids, scores, 2).balance.item() == pytest.approx(1.8)
+    assert routing(ids, scores, 1).balance.item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_bias_evens_out_skewed_loads(groups: int) -> None:
+    """Experts that every token likes lose their lead in a few hundred steps; without the bias they would keep it."""
+    torch.manual_seed(1)
+    config = dataclasses.replace(
+        model_config(60), n_routed_experts=16, num_experts_per_tok=4, n_group=groups, topk_group=max(1, groups // 2)
+    )
+    gate = Gate(config)
+    torch.nn.init.normal_(gate.weight, std=0.3)
+    taste = 4 * gate.weight.detach()[:3].mean(0)  # what all tokens share: the direction of three experts
+
+    def overload() -> float:
+        """The fullest expert's tokens over the mean's, less one, on new tokens."""
+        ids, _, _ = gate(torch.randn(512, config.hidden_size) + taste)
+        counts = ids.flatten().bincount(minlength=16).float()
+        update_bias(gate, counts, 0.005)
+        return (counts.max() / counts.mean() - 1).item()
+
+    history = [overload() for _ in range(400)]
+    assert sum(history[:3]) / 3 > 1.0
+    assert sum(history[-20:]) / 20 < 0.25
+    assert gate.e_score_correction_bias[:3].max() < gate.e_score_correction_bias[3:].mean()
+
+
+def test_bias_moves_against_the_load_by_its_speed() -> None:
+    gate = Gate(model_config(60))
+    update_bias(gate, torch.tensor([10.0, 2, 6, 6]), 0.25)
+    assert gate.e_score_correction_bias.tolist() == [-0.25, 0.25, 0.0, 0.0]
+    update_bias(gate, torch.tensor([10.0, 2, 6, 6]), 0.0)
+    assert gate.e_score_correction_bias.tolist() == [-0.25, 0.25, 0.0, 0.0]
+    assert not gate.e_score_correction_bias.requires_grad
+
+
+def test_bias_chooses_but_does_not_weigh() -> None:
+    gate = Gate(model_config(60))
+    torch.nn.init.normal_(gate.weight)
+    x = torch.randn(7, 32)
+    gate.e_score_correction_bias[2] = 100.0
+    ids, weight, scores = gate(x)
+    assert (ids == 2).any(-1).all()
+    torch.testing.assert_close(weight, F.normalize(scores.gather(1, ids), p=1, dim=-1))
+
+
+def test_gate_is_fp32_under_autocast() -> None:
+    """Half-precision scores would tie and choose other experts."""
+    gate = Gate(model_config(60))
+    torch.nn.init.normal_(gate.weight)
+    x = torch.randn(50, 32)
+    want = gate(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = gate(x)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert got[2].dtype == torch.float32
+
+
+def test_shared_experts_see_every_token() -> None:
+    """With routed experts silenced, what is left is the shared experts' dense layer, of n_shared_experts widths."""
+    moe = MoE(model_config(60, n_shared_experts=2))
+    for p in moe.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    torch.nn.init.zeros_(moe.experts.down_proj)
+    assert isinstance(moe.shared_experts, MLP) and moe.shared_experts.gate_proj.out_features == 2 * 16
+    x = torch.randn(6, 32)
+    gate, up, down = (getattr(moe.shared_experts, f"{n}_proj").weight for n in ("gate", "up", "down"))
+    torch.testing.assert_close(moe(x, 1)[0], (F.silu(x @ gate.T) * (x @ up.T)) @ down.T)
+    assert MoE(model_config(60, n_shared_experts=0)).shared_experts is None

@@ -1,0 +1,113 @@
+"""Bits per byte of row files, against logits of one document at a time."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minids.data.pack import Sample
+from minids.errors import InputError
+from minids.evaluate.perplexity import _windows, bits_per_byte
+from minids.loading import load
+from minids.train import loop
+from minids.train.measure import join, token_bytes
+from minids.train.pretrain import pretrain
+from tests.minids import tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("perplexity")
+    tiny.write_shards(folder)
+    with tiny.one_thread(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "write_curves", lambda *_: False)
+        pretrain(tiny.pretrain_config(folder, "run", every=0, eval_every=0))
+        yield folder
+
+
+def nats(model, ids: list[int], mask: list[bool]) -> float:
+    tokens = torch.tensor([ids])
+    labels = tokens[0].where(torch.tensor(mask), -100)
+    return F.cross_entropy(model(tokens).logits[0, :-1], labels[1:], reduction="sum", ignore_index=-100).item()
+
+
+def test_texts_are_measured_by_their_bytes(folder, tmp_path):
+    texts = ["The red fox sees 2 stones.", "一只熊在山上看两个东西。", "🦊"]
+    file = tiny.write_rows(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
+    model, tokenizer = load(folder / "run")
+    expected = sum(nats(model, ids, [True] * len(ids)) for ids in (tokenizer.encode(t, True, True) for t in texts))
+    result = bits_per_byte(folder / "run", [file], dtype="fp32", device="cpu")
+    assert result["bytes"] == sum(len(text.encode()) for text in texts)
+    assert result["bits_per_byte"] == pytest.approx(expected / math.log(2) / result["bytes"], rel=1e-5)
+    assert result["perplexity"] == pytest.approx(math.exp(expected / result["tokens"]), rel=1e-5)
+    assert (result["rows"], result["skipped"]) == (3, 0)
+
+
+def test_batches_do_not_matter(folder):
+    file = str(folder / "text.jsonl")
+    results = [
+        bits_per_byte(folder / "run", [file], seq_len=128, batch_size=size, dtype="fp32", device="cpu")
+        for size in (1, 7)
+    ]
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+    assert results[0]["bytes"] == sum(len(text.encode()) for text in tiny.TEXTS)
+
+
+def test_conversations_are_measured_by_the_answers(folder, tmp_path):
+    row = tiny.chats(3)[2]
+    file = tiny.write_rows(tmp_path / "chat.jsonl", [row, tiny.preferences(1)[0]])
+    model, tokenizer = load(folder / "run")
+    ids, mask = tokenizer.encode_chat(row["messages"])
+    result = bits_per_byte(folder / "run", [file], dtype="fp32", device="cpu")
+    assert result["bytes"] == len("It is 3.")
+    assert result["nll"] == pytest.approx(nats(model, ids, mask) / sum(mask), rel=1e-5)
+    assert (result["rows"], result["skipped"]) == (1, 1)
+
+
+@given(st.integers(1, 60), st.integers(2, 20))
+def test_long_texts_are_predicted_exactly_once(length, seq_len):
+    """Each token but the first is predicted in one window, from the token before it."""
+    windows = list(_windows(list(range(length)), [True] * length, seq_len))
+    assert all(len(window.tokens) <= seq_len for window in windows)
+    predicted = [(a, b) for w in windows for a, b in zip(w.tokens[:-1].tolist(), w.tokens[1:].tolist(), strict=True)]
+    assert predicted == [(n, n + 1) for n in range(length - 1)]
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=8), st.integers(12, 20))
+def test_joined_documents_stay_apart(lengths, seq_len):
+    documents, counter = [], 10
+    for length in lengths:
+        documents.append(Sample(torch.arange(counter, counter + length).numpy()))
+        counter += length
+    batch = join(documents, seq_len, 0)
+    assert batch.input_ids.shape[1] <= seq_len
+    flat, labels, bounds = batch.input_ids.flatten(), batch.labels.flatten(), batch.cu_seqlens.tolist()
+    assert bounds[0] == 0 and bounds[-1] == flat.numel()
+    for document, start in zip(documents, bounds[:-1], strict=False):
+        end = start + len(document.tokens)
+        assert flat[start:end].tolist() == document.tokens.tolist()
+        assert labels[start:end].tolist() == [-100, *document.tokens[1:].tolist()]
+    assert (labels[sum(lengths) :] == -100).all() and (flat[sum(lengths) :] == 0).all()
+
+
+def test_bytes_of_tokens():
+    table = token_bytes(tiny.tokenizer())
+    ids = tiny.tokenizer().encode("fox 狐狸🦊", add_bos=True, add_eos=True)
+    assert table[ids].sum() == len("fox 狐狸🦊".encode())
+    assert table[[tiny.tokenizer().bos_id, tiny.tokenizer().eos_id]].tolist() == [0, 0]
+
+
+def test_bad_input(folder, tmp_path):
+    file = str(folder / "text.jsonl")
+    with pytest.raises(InputError, match="--seq-len: got 4096, wanted 2 to 128"):
+        bits_per_byte(folder / "run", [file], seq_len=4096)
+    with pytest.raises(InputError, match=r"absent\.jsonl"):
+        bits_per_byte(folder / "run", ["absent.jsonl"])
+    pairs = tiny.write_rows(tmp_path / "pairs.jsonl", tiny.preferences(2))
+    with pytest.raises(InputError, match="no text and no assistant's answer"):
+        bits_per_byte(folder / "run", [pairs])
