@@ -1,5 +1,5 @@
-"""Maps `minids_kernels` to kernels/minids_kernels. `kernels/` itself must never become a package: a top-level package of
-that name would shadow Hugging Face's `kernels` (tests/test_layout.py)."""
+"""Maps `minids_kernels` to kernels/minids_kernels. `kernels/` itself must never become a package: a top-level package
+of that name would shadow Hugging Face's `kernels` (tests/test_layout.py)."""
 
 from setuptools import find_packages, setup
 

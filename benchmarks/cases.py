@@ -2,7 +2,7 @@
 
 from minids.config import ModelConfig
 
-# Small enough for two CPU cores, with every part of the architecture: 9.4M parameters (7.75M without the input embedding).
+# Small enough for two CPU cores, with every part of the architecture: 9.4M parameters, 7.75M without the embedding.
 MINI = ModelConfig(
     vocab_size=6400, hidden_size=256, intermediate_size=768, moe_intermediate_size=128, num_hidden_layers=6,
     num_attention_heads=8, q_lora_rank=96, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,

@@ -2,9 +2,9 @@
 
     python -m benchmarks.train [--rounds 9] [--compile]
 
-A step is forward, backward, gradient clipping and AdamW on 8 sequences of 256 tokens. All sides start from the same weights
-and see the same batches; their first losses must agree before anything is timed. Each side runs in every precision it has,
-and its best counts. Prints one JSON object with tokens/s (medians) and the ratio.
+A step is forward, backward, gradient clipping and AdamW on 8 sequences of 256 tokens. All sides start from the same
+weights and see the same batches; their first losses must agree before anything is timed. Each side runs in every
+precision it has, and its best counts. Prints one JSON object with tokens/s (medians) and the ratio.
 """
 
 from __future__ import annotations
@@ -100,8 +100,9 @@ def main() -> None:
     speed = {side.name: side.tokens_per_second(options.warmup) for side in sides}
     ours = max(value for name, value in speed.items() if name.startswith("minids"))
     theirs = max(value for name, value in speed.items() if name.startswith("transformers") and "compiled" not in name)
+    parameters = sum(p.numel() for p in sides[0].model.parameters())
     report: dict[str, Any] = {
-        "what": f"training step, {BATCH} x {LENGTH} tokens, {sum(p.numel() for p in sides[0].model.parameters())} parameters",
+        "what": f"training step, {BATCH} x {LENGTH} tokens, {parameters} parameters",
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "tokens_per_second": {name: round(value) for name, value in speed.items()},

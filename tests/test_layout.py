@@ -39,7 +39,8 @@ ALLOWED = {
     "evaluate": MIDDLE | {"infer", "loading"},
 }
 TOP = {"cli", "quickstart", "doctor", "plan", "__main__", "__init__"}  # may import anything of minids
-ROOM_MAY_IMPORT = {"_ops", "_checks", "_launch", "fp8_quant"}
+# fp8_quant: what fp8 rooms quantise with; swiglu: the activation inside moe, whose derivative must not exist twice
+ROOM_MAY_IMPORT = {"_ops", "_checks", "_launch", "fp8_quant", "swiglu"}
 NOT_ROOMS = {"__init__", "layers", "compat"}
 
 

@@ -1,7 +1,7 @@
 """Cross-entropy of a linear head without the [T, V] logits: loss and gradients are made chunk by chunk.
 
-nll[t] = logsumexp(x[t] @ weight.T) - (x[t] . weight[target[t]]), 0 where target[t] == ignore_index. Logits are rounded to
-the compute dtype as a linear layer's output is; sums and exponentials are fp32. The chunking idea is Liger's and
+nll[t] = logsumexp(x[t] @ weight.T) - (x[t] . weight[target[t]]), 0 where target[t] == ignore_index. Logits are rounded
+to the compute dtype as a linear layer's output is; sums and exponentials are fp32. The chunking idea is Liger's and
 Cut Cross-Entropy's (arXiv 2410.10989, 2411.09009). Test: tests/kernels/test_cross_entropy.py.
 """
 
@@ -32,7 +32,7 @@ def _pieces(rows: int, vocab: int, elements: int) -> list[slice]:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Per-token losses. Small problems keep the gradient by logits in the compute dtype, large ones compute it again."""
+    """Per-token losses. Small problems keep the gradient by logits in the compute dtype, large ones make it again."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[no-untyped-def]
@@ -101,6 +101,6 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_inde
         raise TypeError(f"targets: got {targets.dtype}, allowed is torch.int64")
     kept = (targets != ignore_index).nonzero().squeeze(1)
     if kept.numel() == targets.numel():
-        return _LinearCrossEntropy.apply(x, weight, targets, compute_dtype(x))  # type: ignore[no-any-return, no-untyped-call]
-    nll = _LinearCrossEntropy.apply(x.index_select(0, kept), weight, targets[kept], compute_dtype(x))  # type: ignore[no-untyped-call]
-    return nll.new_zeros(targets.shape).index_copy(0, kept, nll)  # type: ignore[no-any-return]
+        return _LinearCrossEntropy.apply(x, weight, targets, compute_dtype(x))
+    nll = _LinearCrossEntropy.apply(x.index_select(0, kept), weight, targets[kept], compute_dtype(x))
+    return nll.new_zeros(targets.shape).index_copy(0, kept, nll)

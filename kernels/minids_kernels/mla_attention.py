@@ -1,8 +1,8 @@
 """Attention over packed documents: softmax(q k^T * scale) v within each document, causal or not.
 
-q [T, H, Dqk], k [T, Hk, Dqk], v [T, Hk, Dv] with Hk = H or 1 (shared by all heads, as MLA's rope key is), documents end to
-end, document i at tokens cu_seqlens[i]:cu_seqlens[i+1] (FlashAttention's convention). Widths of q/k and v may differ, as
-they do in multi-head latent attention (DeepSeek-V3 report, section 2.1.1).
+q [T, H, Dqk], k [T, Hk, Dqk], v [T, Hk, Dv] with Hk = H or 1 (shared by all heads, as MLA's rope key is), documents end
+to end, document i at tokens cu_seqlens[i]:cu_seqlens[i+1] (FlashAttention's convention). Widths of q/k and v may
+differ, as they do in multi-head latent attention (DeepSeek-V3 report, section 2.1.1).
 
 On the PyTorch path documents are laid side by side in rectangles of similar length: a causal row never sees the padding
 behind it, so no mask over documents is needed. Within a rectangle, blocks of query rows meet all their keys in batched
@@ -13,6 +13,7 @@ Test: tests/kernels/test_mla_attention.py.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 
 import torch
@@ -35,7 +36,7 @@ def mla_attention_reference(
     heads = q.shape[1]
     out = torch.empty(*q.shape[:2], v.shape[-1], dtype=torch.float32, device=q.device)
     bounds = cu_seqlens.tolist()
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         qd, kd, vd = (x[start:end].float().expand(-1, heads, -1).transpose(0, 1) for x in (q, k, v))
         scores = qd @ kd.transpose(1, 2) * scale
         if causal:
@@ -45,9 +46,9 @@ def mla_attention_reference(
 
 
 class _Rectangle:
-    """`rows` documents of at most `length` tokens side by side. `gather` [rows, length] holds token numbers (a document's
-    last token repeated behind its end), `tokens` and `places` say which token each real place is; all are None when the
-    rectangle is simply the whole input."""
+    """`rows` documents of at most `length` tokens side by side. `gather` [rows, length] holds token numbers (a
+    document's last token repeated behind its end), `tokens` and `places` say which token each real place is; all are
+    None when the rectangle is simply the whole input."""
 
     def __init__(self, documents: list[tuple[int, int]], length: int, total: int) -> None:
         self.rows, self.length = len(documents), length
@@ -87,7 +88,7 @@ class _Rectangle:
 def _rectangles(bounds: tuple[int, ...], causal: bool) -> list[_Rectangle]:
     """Documents grouped so that padding adds at most a quarter to a causal document's length (none otherwise)."""
     groups: dict[int, list[tuple[int, int]]] = {}
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         length = end - start
         if length == 0:
             continue
@@ -175,14 +176,9 @@ def mla_attention(
         if x.shape[1] not in (1, heads):
             raise ValueError(f"{name}: got {x.shape[1]} heads, allowed is 1 or q's {heads}")
     bounds = tuple(cu_seqlens.tolist())
-    if (
-        not bounds
-        or bounds[0] != 0
-        or bounds[-1] != tokens
-        or any(a > b for a, b in zip(bounds, bounds[1:], strict=False))
-    ):
+    if not bounds or bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in itertools.pairwise(bounds)):
         raise ValueError(f"cu_seqlens: got {list(bounds[:4])}...{list(bounds[-2:])}, allowed is 0, rising, to {tokens}")
     dtype = compute_dtype(q)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     scale = width**-0.5 if scale is None else scale
-    return _Attention.apply(q, k, v, bounds, causal, scale)  # type: ignore[no-any-return, no-untyped-call]
+    return _Attention.apply(q, k, v, bounds, causal, scale)

@@ -1,14 +1,16 @@
 """Mixture of experts: DeepSeek-V3's gate and the experts themselves (report, section 2.1.2).
 
-Gate: scores = sigmoid(logits); selection by scores + bias, first the best `topk_group` of `n_group` groups (a group counts
-the sum of its two best), then the best `top_k` experts in them; weights are the chosen scores (without bias), normalised to
-one if asked, times `scale`.
+Gate: scores = sigmoid(logits); selection by scores + bias, first the best `topk_group` of `n_group` groups (a group
+counts the sum of its two best), then the best `top_k` experts in them; weights are the chosen scores (without bias),
+normalised to one if asked, times `scale`.
 Experts: y[t] = sum_j topk_weight[t, j] * down_e(swiglu(gate_up_e(x[t]))) with e = topk_ids[t, j]. Tokens are sorted by
-expert, so that each expert is one matrix product; the weight is applied before `down` (which is linear), so the products'
-outputs need not be kept. Test: tests/kernels/test_moe.py.
+expert, so that each expert is one matrix product; the weight is applied before `down` (which is linear), so the
+products' outputs need not be kept. Test: tests/kernels/test_moe.py.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -119,7 +121,7 @@ def _grouped_mm(x: Tensor, w: Tensor, plan: _Plan) -> Tensor:
         return F.grouped_mm(x, w, offs=plan.offsets[1:])
     out = x.new_empty(plan.rows, w.shape[2])
     bounds = plan.offsets.tolist()
-    for expert, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for expert, (start, end) in enumerate(itertools.pairwise(bounds)):
         if end > start:
             torch.mm(x[start:end], w[expert], out=out[start:end])
     return out
@@ -132,7 +134,7 @@ def _grouped_outer(a: Tensor, b: Tensor, plan: _Plan, dtype: torch.dtype) -> Ten
         return F.grouped_mm(a.T, b, offs=plan.offsets[1:]).to(dtype)
     out = a.new_empty(experts, a.shape[1], b.shape[1], dtype=dtype)
     bounds = plan.offsets.tolist()
-    for expert, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for expert, (start, end) in enumerate(itertools.pairwise(bounds)):
         out[expert] = a[start:end].T @ b[start:end]
     return out
 
@@ -171,7 +173,7 @@ class _Experts(torch.autograd.Function):
 
 
 def moe_experts(x: Tensor, topk_ids: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
-    """x [T, D], topk_ids [T, k] int64, topk_weight [T, k], w_gate_up [E, 2F, D], w_down [E, D, F] -> [T, D] in x's dtype.
+    """x [T, D], topk_ids [T, k] int64, topk_weight [T, k], w_gate_up [E, 2F, D], w_down [E, D, F] -> [T, D], x's dtype.
 
     Differentiable in x, topk_weight and both weights. Under autocast the products run in autocast's dtype. Raises
     TypeError for a dtype that is no float, ValueError when shapes disagree.
@@ -186,4 +188,4 @@ def moe_experts(x: Tensor, topk_ids: Tensor, topk_weight: Tensor, w_gate_up: Ten
     check_shape("topk_weight", topk_weight, tuple(topk_ids.shape))
     if topk_ids.dtype != torch.int64:
         raise TypeError(f"topk_ids: got {topk_ids.dtype}, allowed is torch.int64")
-    return _Experts.apply(x, topk_ids, topk_weight, w_gate_up, w_down, compute_dtype(x))  # type: ignore[no-any-return, no-untyped-call]
+    return _Experts.apply(x, topk_ids, topk_weight, w_gate_up, w_down, compute_dtype(x))

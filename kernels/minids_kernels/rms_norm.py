@@ -1,7 +1,7 @@
 """RMSNorm: y = x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467).
 
-x [..., N] in fp32, bf16, fp16 or fp64, weight [N]. Statistics are taken in fp32 (fp64 for fp64 input). Under autocast the
-output comes in autocast's dtype, since what follows a norm is a matrix product.
+x [..., N] in fp32, bf16, fp16 or fp64, weight [N]. Statistics are taken in fp32 (fp64 for fp64 input). Under autocast
+the output comes in autocast's dtype, since what follows a norm is a matrix product.
 Test: tests/kernels/test_rms_norm.py.
 """
 
@@ -25,8 +25,8 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     """Few passes over memory: a norm and two products forward; backward rests on layer norm's fused kernel.
 
-    Layer norm's gradient at mean 0 is rstd * (g - mean(g) - xhat * mean(g * xhat)) with g = dy * weight; RMSNorm's is the
-    same without the mean(g) term, which is put back as one matrix-vector product.
+    Layer norm's gradient at mean 0 is rstd * (g - mean(g) - xhat * mean(g * xhat)) with g = dy * weight; RMSNorm's is
+    the same without the mean(g) term, which is put back as one matrix-vector product.
     """
 
     @staticmethod
@@ -61,4 +61,4 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """
     check_float("x", x)
     check_shape("weight", weight, (x.shape[-1],))
-    return _RMSNorm.apply(x, weight, eps, compute_dtype(x))  # type: ignore[no-any-return, no-untyped-call]
+    return _RMSNorm.apply(x, weight, eps, compute_dtype(x))

@@ -1,7 +1,7 @@
 """Rotary position embedding on interleaved pairs (x0, x1), (x2, x3), ... as DeepSeek lays them out (arXiv 2104.09864).
 
 x [T, H, D] with angles cos, sin [T, R/2], R <= D: of each head the last R entries are rotated, out[2i] = x[2i] cos_i -
-x[2i+1] sin_i and out[2i+1] = x[2i] sin_i + x[2i+1] cos_i; the first D - R pass through (the "nope" part of a query or key).
+x[2i+1] sin_i and out[2i+1] = x[2i] sin_i + x[2i+1] cos_i; the first D - R pass through (the "nope" part).
 Test: tests/kernels/test_rope.py.
 """
 
@@ -49,7 +49,7 @@ class _Rope(torch.autograd.Function):
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [T, H, D], cos and sin [T, R/2] -> x with the last R entries of each head rotated, same dtype. Differentiable in x.
+    """x [T, H, D], cos and sin [T, R/2] -> x with the last R entries of each head rotated. Differentiable in x.
 
     Raises TypeError for a dtype that is no float, ValueError when cos or sin is not [T, at most D/2].
     """
@@ -61,4 +61,4 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         raise ValueError(
             f"cos: got {cos.shape[1]} angles, allowed are at most {x.shape[-1] // 2} for heads of {x.shape[-1]}"
         )
-    return _Rope.apply(x, cos, sin)  # type: ignore[no-any-return, no-untyped-call]
+    return _Rope.apply(x, cos, sin)

@@ -57,4 +57,4 @@ def swiglu(gate_up: Tensor) -> Tensor:
         raise ValueError(
             f"gate_up: got last dimension {gate_up.shape[-1]}, allowed is an even one (gate and up halves)"
         )
-    return _SwiGLU.apply(gate_up)  # type: ignore[no-any-return, no-untyped-call]
+    return _SwiGLU.apply(gate_up)

@@ -1,6 +1,6 @@
-"""Multi-head latent attention (DeepSeek-V3 report, section 2.1.1): keys and values come from one low-rank latent a token.
+"""Multi-head latent attention (DeepSeek-V3 report, section 2.1.1): keys and values come from one latent a token.
 
-Shapes: T tokens of packed documents, D hidden_size, H heads, C kv_lora_rank, N/R the nope and rope widths of a query head.
+Shapes: T tokens of packed documents, D hidden_size, H heads, C kv_lora_rank, N/R a query head's nope and rope widths.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(heads * config.v_head_dim, width, bias=False)
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [T, D] -> queries [T, H, N + R] with the last R rotated, and all that a cache holds of a token: the normalised
-        latent [T, C] and the rotated key [T, R] that heads share."""
+        """x [T, D] -> queries [T, H, N + R] with the last R rotated, and all that a cache holds of a token: the
+        normalised latent [T, C] and the rotated key [T, R] that heads share."""
         config = self.config
         first = self.q_proj if config.q_lora_rank is None else self.q_a_proj
         weight = torch.cat((first.weight, self.kv_a_proj_with_mqa.weight))  # one product for both: they are narrow
@@ -47,7 +47,7 @@ class Attention(nn.Module):
         return q, self.kv_a_layernorm(latent), rope(rotary.unsqueeze(1), cos, sin).squeeze(1)
 
     def attend(self, q: Tensor, latent: Tensor, rotary: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """What `project` gave, keys and values expanded from the latents -> [T, D]; cu_seqlens int32 [documents + 1]."""
+        """What `project` gave, keys and values expanded from latents -> [T, D]; cu_seqlens int32 [documents + 1]."""
         config = self.config
         k_nope, v = (
             self.kv_b_proj(latent)

@@ -137,11 +137,11 @@ class DeepseekV3(nn.Module):
         return self.model.norm(x), routings
 
     def _mtp_hidden(self, batch: _Packed, hidden: Tensor, depth: int) -> tuple[Tensor, Routing | None]:
-        """Normed hidden [T, D] of MTP module `depth` (0-based) from that of the depth before. Places whose further token
-        lies in the next document hold no prediction; being last, they are seen by none that do."""
+        """Normed hidden [T, D] of MTP module `depth` (0-based) from that of the depth before. Places whose further
+        token lies in the next document hold no prediction; being last, they are seen by none that do."""
         layer = self.model.layers[self.config.num_hidden_layers + depth]
         embedded = self.model.embed_tokens(batch.input_ids.roll(-1 - depth))
-        return layer.predict(embedded, hidden, batch.cos, batch.sin, batch.cu_seqlens, batch.sequences)  # type: ignore[operator, no-any-return]
+        return layer.predict(embedded, hidden, batch.cos, batch.sin, batch.cu_seqlens, batch.sequences)  # type: ignore[operator]
 
     def forward(
         self, input_ids: Tensor, labels: Tensor | None = None, cu_seqlens: Tensor | None = None
@@ -184,16 +184,16 @@ class DeepseekV3(nn.Module):
         return nll.sum(), int((targets != IGNORE).sum())
 
     def token_log_probs(self, input_ids: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """[B * T] fp32: log-probability of the label at each place given the tokens before it, 0 where the label is -100
-        or a document's first token. Differentiable."""
+        """[B * T] fp32: log-probability of the label at each place given the tokens before it, 0 where the label is
+        -100 or a document's first token. Differentiable."""
         batch = self._pack(input_ids, cu_seqlens)
         hidden, _ = self._hidden(batch)
         log_prob = -linear_cross_entropy(hidden, self.lm_head.weight, batch.targets(labels, 1), IGNORE)
         return F.pad(log_prob[:-1], (1, 0))
 
     def update_expert_bias(self, expert_counts: Tensor, speed: float) -> None:
-        """Auxiliary-loss-free balancing after an optimizer step. expert_counts [MoE layers, E] as in `Losses`, summed over
-        the step's batches; layers in order, MTP modules last (a step that left those out gives the first rows only)."""
+        """Auxiliary-loss-free balancing after an optimizer step. expert_counts [MoE layers, E] as in `Losses`, summed
+        over the step's batches; layers in order, MTP modules last (a step without those gives the first rows only)."""
         gates = [layer.mlp.gate for layer in self.model.layers if isinstance(layer.mlp, MoE)]
         for gate, counts in zip(gates, expert_counts, strict=False):
             update_bias(gate, counts, speed)

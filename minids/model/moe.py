@@ -1,4 +1,4 @@
-"""Feed-forward layers: dense SwiGLU, and DeepSeekMoE with shared and routed experts (DeepSeek-V3 report, section 2.1.2).
+"""Feed-forward layers: dense SwiGLU, and DeepSeekMoE with shared and routed experts (DeepSeek-V3 report, 2.1.2).
 
 Load is balanced by a bias per expert that only steers selection and is moved after each step (`update_bias`), and by a
 small sequence-wise balance loss. T tokens, D hidden_size, E routed experts.

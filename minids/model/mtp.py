@@ -32,8 +32,8 @@ class MTPBlock(Block):
     def predict(
         self, embedded: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, sequences: int
     ) -> tuple[Tensor, Routing | None]:
-        """embedded [T, D] of the token one further than at the depth before, hidden [T, D] that depth's normed output ->
-        normed hidden [T, D] for the head and the next depth."""
+        """embedded [T, D] of the token one further than at the depth before, hidden [T, D] that depth's normed output
+        -> normed hidden [T, D] for the head and the next depth."""
         x = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(hidden)), dim=-1))
         x, routing = self(x, cos, sin, cu_seqlens, sequences)
         return self.shared_head.norm(x), routing

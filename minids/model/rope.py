@@ -23,7 +23,7 @@ def inverse_frequencies(config: ModelConfig, device: torch.device | None = None)
 
 
 def _interpolation_ramp(yarn: YarnConfig, width: int, theta: float, device: torch.device | None) -> Tensor:
-    """0 for dimensions that turn more than beta_fast times over the original context, 1 below beta_slow, linear between."""
+    """0 for dimensions that turn over beta_fast times in the original context, 1 below beta_slow, linear between."""
 
     def dimension(turns: float) -> float:
         return width * math.log(yarn.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
@@ -35,7 +35,7 @@ def _interpolation_ramp(yarn: YarnConfig, width: int, theta: float, device: torc
 
 
 def attention_factor(yarn: YarnConfig | None) -> float:
-    """What cos and sin are multiplied with: mscale over mscale_all_dim's share, which the softmax scale already holds."""
+    """What cos and sin are multiplied with: mscale over mscale_all_dim's share, which the softmax scale holds."""
     if yarn is None or yarn.factor <= 1:
         return 1.0
 
