@@ -10,13 +10,16 @@ THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count(
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
-for name in ("MINIDS_KERNELS", "MINIDS_CACHE", "TRITON_INTERPRET"):
+for name in ("MINIDS_CACHE", "TRITON_INTERPRET"):
     os.environ.pop(name, None)
+os.environ["MINIDS_KERNELS"] = "torch"  # what a CPU tensor gets without a word; the `backend` fixture asks for Triton
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(THREADS)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: kernels run on CPU tensors where asked to
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -25,6 +28,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Serves all ops by PyTorch on the CPU, then by Triton: on the GPU where there is one, else in the interpreter."""
+    from minids_kernels import _launch
+
+    monkeypatch.setattr(_launch, "BACKEND", request.param)
+    return str(request.param)
+
+
+@pytest.fixture
+def device(backend: str) -> torch.device:
+    """Where the tensors of a test with `backend` lie."""
+    return torch.device("cuda" if backend == "triton" and torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(autouse=True)

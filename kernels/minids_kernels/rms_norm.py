@@ -1,19 +1,32 @@
 """RMSNorm: y = x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467).
 
-x [..., N] in fp32, bf16, fp16 or fp64, weight [N]. Statistics are taken in fp32 (fp64 for fp64 input). Under autocast
-the output comes in autocast's dtype, since what follows a norm is a matrix product.
-Test: tests/kernels/test_rms_norm.py.
+x [..., N] in fp32, bf16 or fp16 (fp64 on the PyTorch path), weight [N] in any of them, N from 1 to 65,536. Statistics
+are fp32 (fp64 for fp64). With a residual of x's shape, x + residual, rounded to x's dtype, is normalised and returned
+too. Under autocast the output comes in autocast's dtype, since what follows a norm is a matrix product.
+
+Gradient, with g = dy * weight and xhat = x * rstd: dx = rstd * (g - xhat * mean(g * xhat)), dweight = sum over rows of
+dy * xhat. Each program of the backward sums its own rows' dweight, the programs' sums are added up afterwards in one
+order: no atomics, the same bits every time. Runs on every GPU Triton knows.
+Test: tests/kernels/test_rms_norm.py. Benchmark: benchmarks/ops/rms_norm.py.
 """
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from . import _launch
 from ._checks import check_float, check_shape, compute_dtype
+from ._launch import tl, triton
+from ._ops import add_op_namespace_prefix
 
 __all__ = ["rms_norm", "rms_norm_reference"]
+
+MAX_WIDTH = 65_536
+MAX_BLOCK_FWD = 16_384  # columns of a row held in registers
+MAX_BLOCK_BWD = 8_192
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
@@ -22,43 +35,322 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     return (xf * torch.rsqrt(xf.square().mean(-1, keepdim=True) + eps) * weight.to(xf.dtype)).to(x.dtype)
 
 
-class _RMSNorm(torch.autograd.Function):
-    """Few passes over memory: a norm and two products forward; backward rests on layer norm's fused kernel.
-
-    Layer norm's gradient at mean 0 is rstd * (g - mean(g) - xhat * mean(g * xhat)) with g = dy * weight; RMSNorm's is
-    the same without the mean(g) term, which is put back as one matrix-vector product.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:  # type: ignore[no-untyped-def]
-        statistic = torch.float64 if x.dtype == torch.float64 else torch.float32
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=statistic)
-        rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, rstd)
-        y = x * rstd
-        if y.dtype == weight.dtype:
-            y.mul_(weight)
-        else:
-            y = y * weight
-        return y.to(out_dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy: Tensor):  # type: ignore[no-untyped-def]
-        x, weight, rstd = ctx.saved_tensors
-        xs, dys, ws = x.to(rstd.dtype), dy.to(rstd.dtype), weight.to(rstd.dtype)
-        dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
-            dys, xs, [x.shape[-1]], torch.zeros_like(rstd), rstd, ws, None, [True, True, False]
-        )
-        dx.addcmul_((dys @ ws).unsqueeze(-1), rstd, value=1.0 / x.shape[-1])
-        return dx.to(x.dtype), dweight.to(weight.dtype), None, None
+# --- kernels ----------------------------------------------------------------------------------------------------------
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    """x [..., N], weight [N] -> [..., N] in x's dtype (autocast's under autocast). Differentiable in x and weight.
+@triton.jit
+def _load_sum(
+    x_ptr, residual_ptr, rows, cols, mask, x_stride, residual_stride, dtype: tl.constexpr, HAS_RESIDUAL: tl.constexpr
+):  # fmt: skip
+    """x, or x + residual, rounded to `dtype` as it will be stored, in fp32: [ROWS, BLOCK_N]."""
+    x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + rows * residual_stride + cols, mask=mask, other=0.0)
+        x = (x.to(tl.float32) + residual.to(tl.float32)).to(dtype)
+    return x.to(tl.float32)
 
-    Raises TypeError for a dtype that is no float, ValueError for a weight that is not [N].
+
+@triton.jit
+def _rms_norm_fwd_kernel(
+    x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, rstd_ptr, M, N, x_stride, residual_stride, eps,
+    HAS_RESIDUAL: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows a program; y, sum [M, N] contiguous, rstd [M]. WIDE: rows of more than BLOCK_N columns, read twice."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    rows = row[:, None]
+    cols = tl.arange(0, BLOCK_N)[None, :]
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    if WIDE:
+        squares = tl.zeros((ROWS, BLOCK_N), tl.float32)
+        for start in tl.range(0, N, BLOCK_N):
+            mask = (rows < M) & (start + cols < N)
+            x = _load_sum(x_ptr, residual_ptr, rows, start + cols, mask, x_stride, residual_stride, dtype, HAS_RESIDUAL)
+            squares += x * x
+            if HAS_RESIDUAL:
+                tl.store(sum_ptr + rows * N + start + cols, x.to(dtype), mask=mask)
+    else:
+        mask = (rows < M) & (cols < N)
+        x = _load_sum(x_ptr, residual_ptr, rows, cols, mask, x_stride, residual_stride, dtype, HAS_RESIDUAL)
+        squares = x * x
+        if HAS_RESIDUAL:
+            tl.store(sum_ptr + rows * N + cols, x.to(dtype), mask=mask)
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(squares, axis=1) / N + eps)
+    tl.store(rstd_ptr + row, rstd, mask=row < M)
+    rstd = rstd[:, None]
+    if WIDE:
+        for start in tl.range(0, N, BLOCK_N):
+            mask = (rows < M) & (start + cols < N)
+            x = _load_sum(x_ptr, residual_ptr, rows, start + cols, mask, x_stride, residual_stride, dtype, HAS_RESIDUAL)
+            weight = tl.load(weight_ptr + start + cols, mask=start + cols < N, other=0.0).to(tl.float32)
+            tl.store(y_ptr + rows * N + start + cols, (x * rstd * weight).to(y_ptr.dtype.element_ty), mask=mask)
+    else:
+        weight = tl.load(weight_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
+        tl.store(y_ptr + rows * N + cols, (x * rstd * weight).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _rms_norm_bwd_kernel(
+    dy_ptr, x_ptr, dsum_ptr, weight_ptr, rstd_ptr, dx_ptr, partial_ptr, M, N, dy_stride, x_stride, dsum_stride, steps,
+    HAS_DSUM: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Each program takes `steps` blocks of ROWS rows one after the other and sums their dweight in registers; dx [M, N]
+    contiguous, partial [programs, N] fp32."""
+    program = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK_N)
+    weight = tl.load(weight_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
+    dweight = tl.zeros((BLOCK_N,), tl.float32)
+    for step in tl.range(steps, num_stages=STAGES):
+        rows = (program * steps + step) * ROWS + tl.arange(0, ROWS)
+        mask = (rows[:, None] < M) & (cols[None, :] < N)
+        dy = tl.load(dy_ptr + rows[:, None] * dy_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + rows[:, None] * x_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + rows, mask=rows < M, other=0.0)
+        xhat = x * rstd[:, None]
+        dweight += tl.sum(dy * xhat, axis=0)
+        g = dy * weight[None, :]
+        dx = rstd[:, None] * (g - xhat * (tl.sum(g * xhat, axis=1) / N)[:, None])
+        if HAS_DSUM:
+            dx += tl.load(dsum_ptr + rows[:, None] * dsum_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + rows[:, None] * N + cols[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    tl.store(partial_ptr + program * N + cols, dweight, mask=cols < N)
+
+
+@triton.jit
+def _rms_norm_wide_dx_kernel(
+    dy_ptr, x_ptr, dsum_ptr, weight_ptr, rstd_ptr, dx_ptr, N, dy_stride, x_stride, dsum_stride,
+    HAS_DSUM: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dx of one row too wide for registers: one pass for mean(g * xhat), one for dx."""
+    row = tl.program_id(0).to(tl.int64)
+    rstd = tl.load(rstd_ptr + row)
+    products = tl.zeros((BLOCK_N,), tl.float32)
+    for start in tl.range(0, N, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        dy = tl.load(dy_ptr + row * dy_stride + cols, mask=cols < N, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + row * x_stride + cols, mask=cols < N, other=0.0).to(tl.float32)
+        products += dy * tl.load(weight_ptr + cols, mask=cols < N, other=0.0).to(tl.float32) * x
+    mean = tl.sum(products, axis=0) * rstd / N
+    for start in tl.range(0, N, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        dy = tl.load(dy_ptr + row * dy_stride + cols, mask=cols < N, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + row * x_stride + cols, mask=cols < N, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
+        dx = rstd * (dy * weight - x * rstd * mean)
+        if HAS_DSUM:
+            dx += tl.load(dsum_ptr + row * dsum_stride + cols, mask=cols < N, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + row * N + cols, dx.to(dx_ptr.dtype.element_ty), mask=cols < N)
+
+
+@triton.jit
+def _rms_norm_wide_dweight_kernel(
+    dy_ptr, x_ptr, rstd_ptr, partial_ptr, M, N, dy_stride, x_stride, steps,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Program (p, j): dweight of columns j * BLOCK_N.. over `steps` blocks of ROWS rows; partial [programs, N] fp32."""
+    program = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    dweight = tl.zeros((BLOCK_N,), tl.float32)
+    for step in tl.range(steps):
+        rows = (program * steps + step) * ROWS + tl.arange(0, ROWS)
+        mask = (rows[:, None] < M) & (cols[None, :] < N)
+        dy = tl.load(dy_ptr + rows[:, None] * dy_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + rows[:, None] * x_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        dweight += tl.sum(dy * x * tl.load(rstd_ptr + rows, mask=rows < M, other=0.0)[:, None], axis=0)
+    tl.store(partial_ptr + program * N + cols, dweight, mask=cols < N)
+
+
+# --- launchers --------------------------------------------------------------------------------------------------------
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [M, N] with neighbouring columns side by side; rows may lie apart."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _triton_fwd(
+    x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, width = x.shape
+    x, weight = _rows(x), weight.contiguous()
+    y = x.new_empty(rows, width, dtype=out_dtype)
+    rstd = x.new_empty(rows, dtype=torch.float32)
+    total = x if residual is None else x.new_empty(rows, width)
+    other = x if residual is None else _rows(residual)
+    block = min(MAX_BLOCK_FWD, triton.next_power_of_2(width))
+    config = _launch.config("rms_norm", "rms_norm_fwd", _launch.arch(x), N=width)
+    _launch.launch(
+        _rms_norm_fwd_kernel, (triton.cdiv(rows, config["ROWS"]),),
+        x, other, weight, y, total, rstd, rows, width, x.stride(0), other.stride(0), eps,
+        HAS_RESIDUAL=residual is not None, WIDE=block < width, BLOCK_N=block, **config,
+    )  # fmt: skip
+    return y, total, rstd
+
+
+def _shares(blocks: int, programs: int) -> tuple[int, int]:
+    """How many programs share `blocks` blocks of rows, and how many each takes."""
+    steps = max(1, triton.cdiv(blocks, programs))
+    return triton.cdiv(blocks, steps), steps
+
+
+def _triton_bwd(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dsum: Tensor | None) -> tuple[Tensor, Tensor]:
+    rows, width = x.shape
+    dy, x, weight = _rows(dy), _rows(x), weight.contiguous()
+    other = dy if dsum is None else _rows(dsum)
+    dx = x.new_empty(rows, width)
+    wide = width > MAX_BLOCK_BWD
+    arch = _launch.arch(x)
+    config = dict(_launch.config("rms_norm", "rms_norm_wide_bwd" if wide else "rms_norm_bwd", arch, N=width))
+    programs = config.pop("PROGRAMS_PER_SM") * _launch.multiprocessors(x)
+    programs, steps = _shares(triton.cdiv(rows, config["ROWS"]), programs)
+    partial = x.new_empty(programs, width, dtype=torch.float32)
+    if wide:
+        _launch.launch(
+            _rms_norm_wide_dx_kernel, (rows,),
+            dy, x, other, weight, rstd, dx, width, dy.stride(0), x.stride(0), other.stride(0),
+            HAS_DSUM=dsum is not None, BLOCK_N=config.pop("DX_BLOCK_N"), num_warps=config["num_warps"],
+        )  # fmt: skip
+        _launch.launch(
+            _rms_norm_wide_dweight_kernel, (programs, triton.cdiv(width, config["BLOCK_N"])),
+            dy, x, rstd, partial, rows, width, dy.stride(0), x.stride(0), steps, **config,
+        )  # fmt: skip
+    else:
+        _launch.launch(
+            _rms_norm_bwd_kernel, (programs,),
+            dy, x, other, weight, rstd, dx, partial, rows, width, dy.stride(0), x.stride(0), other.stride(0), steps,
+            HAS_DSUM=dsum is not None, BLOCK_N=triton.next_power_of_2(width), **config,
+        )  # fmt: skip
+    return dx, partial.sum(0).to(weight.dtype)
+
+
+# --- PyTorch path -----------------------------------------------------------------------------------------------------
+
+
+def _torch_fwd(
+    x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Few passes over memory: a norm and two products."""
+    if residual is not None:
+        x = x + residual
+    statistic = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=-1, dtype=statistic)
+    rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    y = x * rstd.unsqueeze(-1)
+    y = y.mul_(weight) if y.dtype == weight.dtype else y * weight
+    return y.to(out_dtype), x, rstd
+
+
+def _torch_bwd(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dsum: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rests on layer norm's fused kernel: its gradient at mean 0 is rstd * (g - mean(g) - xhat * mean(g * xhat));
+    RMSNorm's is the same without the mean(g) term, which is put back as one matrix-vector product."""
+    rstd = rstd.unsqueeze(-1)
+    xs, dys, ws = x.to(rstd.dtype), dy.to(rstd.dtype), weight.to(rstd.dtype)
+    dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
+        dys, xs, [x.shape[-1]], torch.zeros_like(rstd), rstd, ws, None, [True, True, False]
+    )
+    dx.addcmul_((dys @ ws).unsqueeze(-1), rstd, value=1.0 / x.shape[-1])
+    if dsum is not None:
+        dx += dsum
+    return dx.to(x.dtype), dweight.to(weight.dtype)
+
+
+# --- registration -----------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op(add_op_namespace_prefix("rms_norm"), mutates_args=())
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x [M, N] -> y [M, N] in out_dtype, rstd [M]."""
+    y, _, rstd = (_triton_fwd if _launch.use_triton(x) else _torch_fwd)(x, weight, None, eps, out_dtype)
+    return y, rstd
+
+
+@torch.library.custom_op(add_op_namespace_prefix("add_rms_norm"), mutates_args=())
+def _add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x, residual [M, N] -> y [M, N] in out_dtype, x + residual [M, N], rstd [M]."""
+    return (_triton_fwd if _launch.use_triton(x) else _torch_fwd)(x, weight, residual, eps, out_dtype)
+
+
+@torch.library.custom_op(add_op_namespace_prefix("rms_norm_backward"), mutates_args=())
+def _rms_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dsum: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """dy, x [M, N], rstd [M], dsum [M, N] or None (a gradient to add to dx) -> dx [M, N], dweight [N]."""
+    return (_triton_bwd if _launch.use_triton(x) else _torch_bwd)(dy, x, weight, rstd, dsum)
+
+
+def _statistic(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+@_rms_norm.register_fake
+def _(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=out_dtype), _statistic(x)
+
+
+@_add_rms_norm.register_fake
+def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=out_dtype), x.new_empty(x.shape), _statistic(x)
+
+
+@_rms_norm_backward.register_fake
+def _(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dsum: Tensor | None) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _setup(ctx, inputs, output) -> None:
+    x, weight, *_ = inputs
+    _, rstd = output
+    ctx.mark_non_differentiable(rstd)
+    ctx.save_for_backward(x, weight, rstd)
+
+
+def _backward(ctx, dy, drstd):
+    return *_rms_norm_backward(dy, *ctx.saved_tensors, None), None, None
+
+
+def _add_setup(ctx, inputs, output) -> None:
+    _, total, rstd = output
+    ctx.mark_non_differentiable(rstd)
+    ctx.save_for_backward(total, inputs[2], rstd)
+
+
+def _add_backward(ctx, dy, dsum, drstd):
+    dx, dweight = _rms_norm_backward(dy, *ctx.saved_tensors, dsum)
+    return dx, dx, dweight, None, None
+
+
+_rms_norm.register_autograd(_backward, setup_context=_setup)
+_add_rms_norm.register_autograd(_add_backward, setup_context=_add_setup)
+
+
+# --- public op --------------------------------------------------------------------------------------------------------
+
+
+@overload
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, residual: None = None) -> Tensor: ...
+@overload
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """x [..., N], weight [N] -> y [..., N] in x's dtype (autocast's under autocast); with `residual` [..., N] in x's
+    dtype: y of x + residual, and x + residual itself. Differentiable in x, weight and residual.
+
+    Raises TypeError for a dtype that is no float or a residual of another dtype than x's, ValueError for a weight that
+    is not [N], a residual of another shape, or N over 65,536.
     """
     check_float("x", x)
+    check_float("weight", weight)
+    if x.dim() == 0 or not 0 < x.shape[-1] <= MAX_WIDTH:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, allowed is a last dimension of 1 to {MAX_WIDTH}")
     check_shape("weight", weight, (x.shape[-1],))
-    return _RMSNorm.apply(x, weight, eps, compute_dtype(x))
+    rows = x.reshape(-1, x.shape[-1])
+    if residual is None:
+        y, _ = _rms_norm(rows, weight, eps, compute_dtype(x))
+        return y.view(x.shape)
+    check_shape("residual", residual, tuple(x.shape))
+    if residual.dtype != x.dtype:
+        raise TypeError(f"residual: got {residual.dtype}, allowed is x's {x.dtype}")
+    y, total, _ = _add_rms_norm(rows, residual.reshape(rows.shape), weight, eps, compute_dtype(x))
+    return y.view(x.shape), total.view(x.shape)

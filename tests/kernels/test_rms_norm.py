@@ -6,11 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from minids_kernels import rms_norm, rms_norm_reference
+from minids_kernels._ops import ops
 from torch import Tensor
+from torch.library import opcheck
 
 from tests.kernels.numerics import MODES, assert_near, check, error_bound
 
-SHAPES = [(0, 8), (1, 1), (1, 7), (5,), (13, 64), (3, 5, 129), (257, 31), (2, 4099)]
+SHAPES = [(0, 8), (1, 1), (1, 7), (5,), (13, 64), (3, 5, 129), (257, 31), (2, 4099), (3, 8300), (2, 16_500)]
 
 
 def exact(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -23,14 +25,32 @@ def inputs(shape: tuple[int, ...]) -> list[Tensor]:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_agrees_with_torch(shape: tuple[int, ...], mode: str) -> None:
+def test_agrees_with_torch(shape: tuple[int, ...], mode: str, device: torch.device) -> None:
     # One number's norm is its sign: its gradient is nothing but rounding unless eps is large.
     eps = 50.0 if shape[-1] == 1 else 1e-6
     rows = max(1, torch.Size(shape[:-1]).numel())
     check(
         lambda x, w: rms_norm(x, w, eps), lambda x, w: exact(x, w, eps), inputs(shape), mode,
-        roundings=4, length=shape[-1] + rows,
+        roundings=4, length=shape[-1] + rows, device=device,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["fp64", "fp32", "fp16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_residual_agrees_with_torch(shape: tuple[int, ...], mode: str, device: torch.device) -> None:
+    """Norm and sum side by side, so that the gradient of both is what flows back."""
+    eps = 50.0 if shape[-1] == 1 else 1e-6
+
+    def ours(x: Tensor, residual: Tensor, w: Tensor) -> Tensor:
+        return torch.stack(rms_norm(x, w, eps, residual=residual))
+
+    def theirs(x: Tensor, residual: Tensor, w: Tensor) -> Tensor:
+        total = (x + residual).to(MODES[mode][0]).double() if mode == "fp16" else x + residual
+        return torch.stack((exact(total, w, eps), total))
+
+    x, weight = inputs(shape)
+    rows = max(1, torch.Size(shape[:-1]).numel())
+    check(ours, theirs, [x, torch.randn(shape), weight], mode, roundings=5, length=shape[-1] + rows, device=device)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -81,9 +101,31 @@ def test_autocast_gives_its_dtype() -> None:
     [
         (torch.zeros(3, 8, dtype=torch.int64), torch.ones(8), TypeError, "x: got torch.int64, allowed are .*float32"),
         (torch.zeros(3, 8), torch.ones(7), ValueError, r"weight: got shape \(7,\), allowed is \(8\)"),
+        (torch.zeros(3, 65_537), torch.ones(65_537), ValueError, "x: got shape .* last dimension of 1 to 65536"),
+        (torch.tensor(1.0), torch.ones(1), ValueError, r"x: got shape \(\), allowed is a last dimension"),
         (torch.zeros(3, 8), torch.ones(1, 8), ValueError, r"weight: got shape \(1, 8\), allowed is \(8\)"),
     ],
 )
 def test_bad_input(x: Tensor, weight: Tensor, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         rms_norm(x, weight)
+
+
+def test_bad_residual() -> None:
+    with pytest.raises(ValueError, match=r"residual: got shape \(8,\), allowed is \(3, 8\)"):
+        rms_norm(torch.zeros(3, 8), torch.ones(8), residual=torch.zeros(8))
+    with pytest.raises(TypeError, match=r"residual: got torch.float64, allowed is x's torch.float32"):
+        rms_norm(torch.zeros(3, 8), torch.ones(8), residual=torch.zeros(3, 8).double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_registration(dtype: torch.dtype, device: torch.device) -> None:
+    x, residual, dy = torch.randn(3, 6, 40, device=device, dtype=dtype)
+    weight = torch.randn(40, device=device)
+    x, residual, weight = (t.requires_grad_() for t in (x, residual, weight))
+    opcheck(ops.rms_norm.default, (x, weight, 1e-6, dtype))
+    opcheck(ops.add_rms_norm.default, (x, residual, weight, 1e-6, dtype))
+    opcheck(
+        ops.rms_norm_backward.default,
+        (dy, x.detach(), weight.detach(), torch.rand(6, device=device), residual.detach()),
+    )

@@ -1,0 +1,72 @@
+"""Every kernel compiled for six generations of chips, and what their machine code must hold: no spills, shared memory
+within the chip's limit, the tensor-core instructions that were meant. What is launched comes from benchmarks/ops."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.aot import ARCHS, ROOMS, Compiled
+
+ROOT = Path(__file__).parents[2]
+
+# the tensor-core instruction of a product by operand type
+TENSOR_CORE = {
+    "fp8": dict(sm_80="HMMA", sm_86="HMMA", sm_89="QMMA", sm_90="QGMMA", sm_100="UTCQMMA", sm_120="QMMA"),
+    "bf16": dict(sm_80="HMMA", sm_86="HMMA", sm_89="HMMA", sm_90="HGMMA", sm_100="UTCHMMA", sm_120="HMMA"),
+}
+ANY_TENSOR_CORE = {"HMMA", "HGMMA", "QMMA", "QGMMA", "UTCQMMA", "UTCHMMA"}
+
+# kernel -> operand type of its products; kernels that are not named have none
+PRODUCTS: dict[str, str] = {}
+
+
+@functools.cache
+def compiled(room: str, every: bool) -> dict[str, list[Compiled]]:
+    """By architecture. In a process of its own: this one interprets its kernels."""
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "MINIDS_KERNELS")
+    }
+    command = [sys.executable, "-m", "benchmarks.aot", "--rooms", room, "--workers", "1", *(["--all"] if every else [])]
+    run = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    results = [Compiled(**json.loads(line)) for line in run.stdout.splitlines()]
+    return {arch: [r for r in results if r.arch == arch] for arch in ARCHS}
+
+
+def check(result: Compiled) -> None:
+    what = f"{result.kernel} on {result.arch}, {result.label}: {result}"
+    assert result.spills == 0, what
+    assert result.fits, what
+    found = ANY_TENSOR_CORE & set(result.instructions)
+    product = PRODUCTS.get(result.kernel)
+    assert found == (set() if product is None else {TENSOR_CORE[product][result.arch]}), what
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_main_launches(room: str) -> None:
+    results = compiled(room, every=False)
+    assert all(results.values())
+    for arch in ARCHS:
+        for result in results[arch]:
+            check(result)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_entry_of_the_tables(room: str) -> None:
+    for results in compiled(room, every=True).values():
+        for result in results:
+            check(result)
