@@ -35,7 +35,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Per-token losses. Small problems keep the gradient by logits in the compute dtype, large ones make it again."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
         rows, vocab = x.shape[0], weight.shape[0]
         xc, wc = x.to(dtype), weight.to(dtype)
         nll = torch.empty(rows, dtype=torch.promote_types(dtype, torch.float32), device=x.device)
@@ -51,7 +51,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dnll: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx, dnll: Tensor):
         x, weight, targets, xc, wc, *kept = ctx.saved_tensors
         rows, vocab = x.shape[0], weight.shape[0]
         scale = dnll.to(xc.dtype).unsqueeze(1)

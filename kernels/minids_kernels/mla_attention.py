@@ -109,7 +109,7 @@ def _probabilities(q: Tensor, k: Tensor, first: int, causal: bool, scale: float)
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bounds: tuple[int, ...], causal: bool, scale: float) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bounds: tuple[int, ...], causal: bool, scale: float) -> Tensor:
         out = q.new_empty(*q.shape[:2], v.shape[-1])
         heads = q.shape[1]
         kept: list[Tensor] = []
@@ -131,7 +131,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx, dout: Tensor):
         q, k, v, *kept = ctx.saved_tensors
         heads, causal = q.shape[1], ctx.causal
         dq = torch.empty_like(q)

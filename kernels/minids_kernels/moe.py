@@ -143,7 +143,7 @@ class _Experts(torch.autograd.Function):
     """Keeps x, the gate_up products and the plan; everything else is computed again in the backward."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, ids: Tensor, weight: Tensor, w_gate_up: Tensor, w_down: Tensor, dtype: torch.dtype):  # type: ignore[no-untyped-def]
+    def forward(ctx, x: Tensor, ids: Tensor, weight: Tensor, w_gate_up: Tensor, w_down: Tensor, dtype: torch.dtype):
         plan = _Plan(ids, w_gate_up.shape[0])
         xc, wg, wd = x.to(dtype), w_gate_up.to(dtype), w_down.to(dtype)
         gate_up = _grouped_mm(xc[plan.token], wg.transpose(1, 2), plan)
@@ -156,7 +156,7 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx, dout: Tensor):
         xc, weight, wg, wd, gate_up = ctx.saved_tensors
         plan, dtype, (x_dtype, w_dtype) = ctx.plan, xc.dtype, ctx.dtypes
         w = plan.spread(weight, dtype)

@@ -38,12 +38,12 @@ class _Rope(torch.autograd.Function):
     """The gradient of a rotation is the rotation back."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         return _rotate(x, cos, sin)
 
     @staticmethod
-    def backward(ctx, dout: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx, dout: Tensor):
         cos, sin = ctx.saved_tensors
         return _rotate(dout, cos, -sin), None, None
 

@@ -25,14 +25,14 @@ class _SwiGLU(torch.autograd.Function):
     """Saves only gate_up; silu(gate) is computed again in the backward."""
 
     @staticmethod
-    def forward(ctx, gate_up: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    def backward(ctx, dy: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
         return swiglu_backward(dy, gate_up)
 
