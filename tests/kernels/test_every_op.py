@@ -72,7 +72,7 @@ CASES: dict[str, tuple[Op, Inputs]] = {
 
 
 # those that have Triton kernels
-TRITON = {"rms_norm", "rms_norm with a residual"}
+TRITON = {"rms_norm", "rms_norm with a residual", "swiglu"}
 
 
 @pytest.fixture(params=[*CASES, *(f"{name}, triton" for name in CASES if name in TRITON)])
