@@ -1,6 +1,18 @@
 """Kernels of DeepSeek-V3's architecture: what a room offers is what its `__all__` says; import from here only."""
 
 from .cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from .fp8_quant import (
+    dequantize_blocks,
+    dequantize_tiles,
+    quantize_blocks,
+    quantize_blocks_reference,
+    quantize_tiles,
+    quantize_tiles_both,
+    quantize_tiles_both_reference,
+    quantize_tiles_reference,
+    quantize_tiles_transposed,
+    quantize_tiles_transposed_reference,
+)
 from .mla_attention import mla_attention, mla_attention_reference
 from .mla_decode import mla_decode, mla_decode_reference
 from .moe import moe_experts, moe_experts_reference, moe_gate
@@ -9,6 +21,8 @@ from .rope import rope, rope_reference
 from .swiglu import swiglu, swiglu_reference
 
 __all__ = [
+    "dequantize_blocks",
+    "dequantize_tiles",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
     "mla_attention",
@@ -18,6 +32,14 @@ __all__ = [
     "moe_experts",
     "moe_experts_reference",
     "moe_gate",
+    "quantize_blocks",
+    "quantize_blocks_reference",
+    "quantize_tiles",
+    "quantize_tiles_both",
+    "quantize_tiles_both_reference",
+    "quantize_tiles_reference",
+    "quantize_tiles_transposed",
+    "quantize_tiles_transposed_reference",
     "rms_norm",
     "rms_norm_reference",
     "rope",
