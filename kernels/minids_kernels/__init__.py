@@ -1,5 +1,6 @@
 """Kernels of DeepSeek-V3's architecture: what a room offers is what its `__all__` says; import from here only."""
 
+from . import layers
 from .cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from .fp8_quant import (
     dequantize_blocks,
@@ -23,6 +24,7 @@ from .swiglu import swiglu, swiglu_reference
 __all__ = [
     "dequantize_blocks",
     "dequantize_tiles",
+    "layers",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
     "mla_attention",

@@ -1,0 +1,1 @@
+"""The names and signatures of other projects, served by this one's kernels."""
