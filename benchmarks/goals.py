@@ -1,0 +1,160 @@
+"""The kernels' speed goals as data, and what a run's rows say about each.
+
+A goal compares ours with the fastest of the peers it names that took part, at every case it matches, and takes the
+geometric mean over these; or it asks for a share of a measured ceiling or for TFLOP/s, and takes the best case's. What
+was not measured is neither met nor missed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.protocol import OURS
+
+Shape = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """`of` "ratio": time of the fastest of `peers` over ours; else a column of the rows. `bar` must be reached, `aim`
+    is hoped for. `case`: the cases' name; `where` picks shapes."""
+
+    number: int
+    op: str
+    case: str
+    peers: tuple[str, ...]
+    bar: float
+    aim: float
+    of: str = "ratio"
+    where: Callable[[Shape], bool] = lambda shape: True
+    which: str = ""  # `where` in words
+    device: str = "cuda"
+
+
+def _large(shape: Shape) -> bool:
+    return shape["M"] >= 4096
+
+
+def _small(shape: Shape) -> bool:
+    return 16 <= shape["M"] <= 128
+
+
+def _heavy(shape: Shape) -> bool:
+    return _small(shape) and shape["N"] * shape["K"] >= 50e6
+
+
+def _experts(shape: Shape) -> float:
+    return shape["M"] / shape["E"]
+
+
+def _over_64_mb(shape: Shape) -> bool:
+    return shape["M"] * shape["N"] * 2 >= 64e6
+
+
+LARGE, SMALL = "M >= 4096", "M 16..128"
+
+GOALS = (
+    Goal(1, "fp8_gemm", "fwd", ("cublas",), 1.0, 1.1, where=_large, which=LARGE),
+    Goal(1, "fp8_gemm", "fwd", (), 1250, 1450, of="tflops", where=_large, which=LARGE),
+    Goal(2, "fp8_gemm", "fwd", ("deepgemm",), 0.9, 1.0, where=_large, which=LARGE),
+    Goal(3, "fp8_gemm", "fwd", ("torchao",), 2.5, 3.0, where=_large, which=LARGE),
+    Goal(4, "fp8_gemm", "fwd", ("bf16",), 1.55, 1.8, where=_large, which=LARGE),
+    Goal(5, "fp8_gemm", "fwd", ("cublas",), 2.0, 2.2, where=_small, which=SMALL),
+    Goal(5, "fp8_gemm", "fwd", ("deepgemm",), 0.95, 1.05, where=_small, which=SMALL),
+    Goal(5, "fp8_gemm", "fwd", (), 0.75, 0.85, of="of_copy", where=_heavy, which=f"{SMALL}, weights >= 50 MB"),
+    Goal(6, "fp8_gemm", "wgrad", ("cublas",), 0.95, 1.1),
+    Goal(6, "fp8_gemm", "wgrad", ("deepgemm",), 0.95, 1.1),
+    Goal(6, "fp8_gemm", "wgrad", (), 900, 1100, of="tflops"),
+    Goal(7, "grouped_gemm", "fp8 fwd", ("deepgemm",), 0.92, 1.0),
+    Goal(7, "grouped_gemm", "fp8 fwd", (), 1150, 1350, of="tflops"),
+    Goal(8, "grouped_gemm", "fp8 ragged fwd", ("deepgemm",), 1.1, 1.3),
+    Goal(9, "grouped_gemm", "fp8 wgrad", ("deepgemm",), 1.0, 1.15),
+    Goal(9, "grouped_gemm", "fp8 wgrad", (), 850, 1000, of="tflops"),
+    Goal(10, "grouped_gemm", "fwd", ("F.grouped_mm",), 0.97, 1.05, where=lambda s: _experts(s) > 256,
+         which="over 256 rows an expert"),
+    Goal(10, "grouped_gemm", "fwd", ("F.grouped_mm",), 1.3, 2.0, where=lambda s: _experts(s) <= 256,
+         which="at most 256 rows an expert"),
+    Goal(10, "grouped_gemm", "fwd+bwd", ("F.grouped_mm",), 0.97, 1.05, where=lambda s: _experts(s) > 256,
+         which="over 256 rows an expert"),
+    Goal(10, "grouped_gemm", "fwd+bwd", ("F.grouped_mm",), 1.3, 2.0, where=lambda s: _experts(s) <= 256,
+         which="at most 256 rows an expert"),
+    Goal(11, "rms_norm", "fwd", ("compile", "liger", "quack"), 1.0, 1.05),
+    Goal(11, "rms_norm", "fwd", (), 0.88, 0.93, of="of_copy", where=_over_64_mb, which="x >= 64 MB"),
+    Goal(12, "rms_norm", "bwd", ("liger",), 2.0, 3.0, where=lambda s: s["N"] <= 8192, which="N <= 8192"),
+    Goal(12, "rms_norm", "bwd", ("compile",), 1.0, 1.2),
+    Goal(12, "rms_norm", "bwd", (), 0.8, 0.9, of="of_copy", where=_over_64_mb, which="x >= 64 MB"),
+    Goal(13, "rms_norm", "quant residual fwd", ("torchao",), 2.0, 2.4),
+    Goal(13, "rms_norm", "quant residual fwd", (), 0.8, 0.9, of="of_copy", where=_over_64_mb, which="x >= 64 MB"),
+    Goal(14, "fp8_gemm", "linear fwd+bwd", ("bf16",), 1.25, 1.45),
+    Goal(14, "fp8_gemm", "linear fwd+bwd", ("torchao",), 1.15, 1.4),
+    Goal(15, "moe", "layer fwd+bwd", ("F.grouped_mm",), 1.3, 1.6),
+    Goal(16, "start", "cold", ("deepgemm",), 3.0, 3.0),
+    Goal(18, "rms_norm", "fwd+bwd", ("eager",), 1.5, 1.5, where=lambda s: s == {"M": 4096, "N": 1024},
+         which="M=4096 N=1024", device="cpu"),
+    Goal(19, "cross_entropy", "fwd+bwd", ("eager",), 1.0, 1.0, device="cpu"),
+)  # fmt: skip
+
+
+def _value(goal: Goal, rows: Mapping[str, Mapping[str, Any]]) -> tuple[float, str] | None:
+    """What one case (its timed rows by contestant) is worth to the goal, and the peer it was compared with."""
+    ours = rows[OURS]
+    if goal.of != "ratio":
+        return None if ours[goal.of] is None else (ours[goal.of], "")
+    peers = [rows[name] for name in goal.peers if name in rows]
+    if not peers:
+        return None
+    fastest = min(peers, key=lambda row: row["median_us"])
+    return fastest["median_us"] / ours["median_us"], fastest["contestant"]
+
+
+def judge(rows: Iterable[Mapping[str, Any]], device: str, goals: Sequence[Goal] = GOALS) -> list[dict[str, Any]]:
+    """One dict a goal for this kind of device ("cuda" or "cpu"): value (None where unmeasured), the least of the cases'
+    values, their number, bar, aim and whether it is met."""
+    cases: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = defaultdict(dict)
+    for row in rows:
+        if row["status"] == "timed":
+            cases[row["op"], row["label"]][row["contestant"]] = row
+    found = []
+    for goal in goals:
+        if goal.device != device:
+            continue
+        values = []
+        for (op, _), by_name in cases.items():
+            ours = by_name.get(OURS)
+            if ours is None or op != goal.op or ours["case"] != goal.case or not goal.where(ours["shape"]):
+                continue
+            worth = _value(goal, by_name)
+            if worth is not None:
+                values.append(worth)
+        numbers = [number for number, _ in values]
+        value = None
+        if numbers:
+            geometric = math.exp(sum(map(math.log, numbers)) / len(numbers))
+            value = round(geometric if goal.of == "ratio" else max(numbers), 3)
+        found.append({
+            "goal": goal.number, "what": " ".join(filter(None, (goal.op, goal.case, goal.which))), "of": goal.of,
+            "peer": "/".join(sorted({peer for _, peer in values} if numbers else set(goal.peers))),
+            "value": value, "least": round(min(numbers), 3) if numbers else None, "cases": len(numbers),
+            "bar": goal.bar, "aim": goal.aim, "met": None if value is None else value >= goal.bar,
+        })  # fmt: skip
+    return found
+
+
+def table(judged: Sequence[Mapping[str, Any]]) -> str:
+    """The goals as a Markdown table."""
+    lines = [
+        "| goal | what | peer | value | least | cases | bar | aim | met |",
+        "|---|---|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for g in judged:
+        met = {None: "not measured", True: "yes", False: "no"}[g["met"]]
+        what = g["what"] if g["of"] == "ratio" else f"{g['what']}: {g['of']}"
+        values = " | ".join("" if g[key] is None else f"{g[key]:g}" for key in ("value", "least"))
+        lines.append(
+            f"| {g['goal']} | {what} | {g['peer']} | {values} | {g['cases']} | {g['bar']:g} | {g['aim']:g} | {met} |"
+        )
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,262 @@
+"""Times the kernels beside their peers: every contestant is proven right first, then all are timed in turn.
+
+    python -m benchmarks.run [--op rms_norm ...] [--peers eager liger ...] [--quick] [--repeats 50] [--out FILE.json]
+
+On a GPU where there is one (CUDA-graph replay, cold L2), else on the CPU. Writes
+benchmarks/results/<device>_<date>_<commit>.json, again after each op, so that a crash costs one op. Progress and the
+table of goals go to stderr; the last line of stdout is one JSON object with the ratios (a peer's median time over ours:
+above 1, ours is faster). Exit code 1 where ours was wrong or failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import importlib
+import importlib.metadata
+import json
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo
+import torch._functorch.config
+from minids_kernels import _launch
+
+from benchmarks import goals, timing
+from benchmarks.protocol import OURS, Absent, Case, Contestant, dtype_name, judge
+from minids.files import write_json
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+OPS = tuple(sorted(path.stem for path in (ROOT / "benchmarks" / "ops").glob("[a-z]*.py")))
+SMI = "driver_version,power.limit,clocks.max.sm,clocks.max.mem"  # what a figure depends on beside the chip
+PACKAGES = ("torch", "triton", "minids", "sgl-deep-gemm", "apache-tvm-ffi", "torchao", "liger-kernel", "fla-core")
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def arch(device: torch.device) -> str:
+    return _launch.arch(torch.empty(0, device=device)) if device.type == "cuda" else "cpu"
+
+
+def _output(*command: str) -> str:
+    """A command's output; "" where it is missing or fails."""
+    if not shutil.which(command[0]):
+        return ""
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    match = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
+    return match.group(1).strip() if match else platform.processor() or platform.machine()
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    if device.type == "cpu":
+        return {"name": _cpu_name(), "arch": "cpu", "threads": torch.get_num_threads()}
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name, "arch": arch(device), "memory_bytes": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count, "cuda": torch.version.cuda or torch.version.hip,
+        "nvidia_smi": _output("nvidia-smi", f"--query-gpu={SMI}", "--format=csv"),
+    }  # fmt: skip
+
+
+def commit() -> str:
+    """Short hash, with "-dirty" where tracked files differ from it."""
+    return _output("git", "describe", "--always", "--dirty", "--exclude", "*") or "unknown"
+
+
+def absence(contestant: Contestant, device: torch.device) -> str:
+    """Why it cannot take part here; "" if it can."""
+    chip = arch(device)
+    if contestant.on and chip not in contestant.on and not ("cuda" in contestant.on and device.type == "cuda"):
+        return f"needs {' or '.join(contestant.on)}, this is {chip}"
+    if version(contestant.package) is None:
+        return f"{contestant.package} is not installed"
+    return ""
+
+
+class Contest:
+    """One case: its inputs and reference are made, every contestant is bound, checked and warmed up, then timed."""
+
+    def __init__(self, op: str, case: Case, device: torch.device, peers: Sequence[str] | None) -> None:
+        self.op, self.case, self.device = op, case, device
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.prepared: dict[str, timing.Prepared] = {}
+        torch._dynamo.reset()  # compiled contestants of earlier cases share code objects with this one's
+        torch.manual_seed(0)
+        self.inputs = case.make()
+        self.want = case.reference(self.inputs)
+        for name, contestant in case.contestants.items():
+            if name == OURS or peers is None or name in peers:
+                self.rows[name] = self._row(name, contestant)
+                self._enter(name, contestant)
+
+    def _row(self, name: str, contestant: Contestant) -> dict[str, Any]:
+        case = self.case
+        columns = dict.fromkeys(
+            "reason error events median_us p20_us p80_us repeats peak_mb gbps tflops of_copy of_math".split()
+        )
+        return {
+            "op": self.op, "label": case.label, "case": case.name, "shape": dict(case.shape),
+            "dtype": dtype_name(case.dtype), "bytes": case.bytes, "flops": case.flops, "math": case.math,
+            "tolerance": case.tolerance, "contestant": name, "package": contestant.package,
+            "version": version(contestant.package), "status": "", **columns,
+        }  # fmt: skip
+
+    def _enter(self, name: str, contestant: Contestant) -> None:
+        row = self.rows[name]
+        reason = absence(contestant, self.device)
+        if reason:
+            row.update(status="absent", reason=reason)
+            return
+        try:
+            run = contestant.bind(self.inputs)
+            self._check(row, contestant, run())
+            if row["status"] != "wrong":
+                self.prepared[name] = timing.prepare(run, self.device)
+                row["events"] = self.prepared[name].events
+        except Absent as absent:
+            row.update(status="absent", reason=str(absent))
+        except Exception as error:  # a peer that breaks must not cost the others their measurement
+            row.update(status="failed", reason=timing.first_line(error))
+
+    def _check(self, row: dict[str, Any], contestant: Contestant, output: Any) -> None:
+        verdict = judge(contestant.read(output), self.want, self.case.tolerance)
+        row["error"] = verdict.error if verdict.error < float("inf") else None
+        if verdict.reason:
+            row.update(status="wrong", reason=verdict.reason)
+
+    def measure(self, repeats: int, ceilings: Mapping[str, float]) -> list[dict[str, Any]]:
+        """Times those that are right, and looks once more at what the last timed call gave."""
+        timings = timing.measure(self.prepared, repeats, self.device)
+        for name, t in timings.items():
+            row = self.rows[name]
+            self._check(row, self.case.contestants[name], self.prepared[name].output())
+            if row["status"] == "wrong":
+                row["reason"] += " after timing"
+                continue
+            gbps, tflops = self.case.bytes / t.median / 1e9, self.case.flops / t.median / 1e12
+            best = ceilings.get(f"{self.case.math}_tflops") if self.device.type == "cuda" else ceilings["fp32_tflops"]
+            row.update(
+                status="timed", repeats=t.repeats, gbps=round(gbps, 2), of_copy=round(gbps / ceilings["copy_gbps"], 4),
+                median_us=t.median * 1e6, p20_us=t.p20 * 1e6, p80_us=t.p80 * 1e6,
+            )  # fmt: skip
+            if t.peak_bytes is not None:
+                row["peak_mb"] = round(t.peak_bytes / 2**20, 2)
+            if self.case.flops:
+                row["tflops"] = round(tflops, 4)
+                row["of_math"] = round(tflops / best, 4) if best else None
+        return list(self.rows.values())
+
+
+def run_case(
+    op: str, case: Case, device: torch.device, repeats: int, ceilings: Mapping[str, float], peers: Sequence[str] | None
+) -> list[dict[str, Any]]:
+    """One row a contestant: its status is "timed", "wrong", "absent" or "failed"."""
+    # a compiled forward may not give its buffers to the backward, which "bwd" runs many times
+    with timing.side_stream(device), torch._functorch.config.patch(donated_buffer=False):
+        rows = Contest(op, case, device, peers).measure(repeats, ceilings)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return rows
+
+
+def ratios(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """ "op label" -> peer -> its median time over ours."""
+    medians: dict[str, dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        if row["status"] == "timed":
+            medians[f"{row['op']} {row['label']}"][row["contestant"]] = row["median_us"]
+    return {
+        case: {name: round(time / times[OURS], 3) for name, time in times.items() if name != OURS}
+        for case, times in medians.items()
+        if OURS in times
+    }
+
+
+def lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A case's rows for reading along."""
+    text = [f"{rows[0]['op']} {rows[0]['label']}"]
+    for row in rows:
+        if row["status"] == "timed":
+            rate = f"{row['tflops']:.1f} TFLOP/s" if row["tflops"] else f"{row['gbps']:.0f} GB/s"
+            spread = f"({row['p20_us']:.1f}..{row['p80_us']:.1f})"
+            events = f"  [events: {row['events']}]" if row["events"] else ""
+            text.append(f"  {row['contestant']:12} {row['median_us']:10.1f} us {spread}  {rate}{events}")
+        else:
+            text.append(f"  {row['contestant']:12} {row['status']}: {row['reason']}")
+    return "\n".join(text)
+
+
+def slug(name: str) -> str:
+    """For file names: "cuda NVIDIA H200" -> "cuda-nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", nargs="+", default=OPS, choices=OPS, help="default: all")
+    parser.add_argument("--peers", nargs="+", help="only these contestants beside ours")
+    parser.add_argument("--quick", action="store_true", help="one small set of cases an op, 10 repeats")
+    parser.add_argument("--repeats", type=int, help="timed calls of each contestant (default: 50)")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<device>_<date>_<commit>.json")
+    options = parser.parse_args(arguments)
+    repeats = options.repeats or (10 if options.quick else 50)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    about, date = describe(device), datetime.date.today().isoformat()
+    out = options.out or RESULTS / f"{slug(device.type + ' ' + about['name'])}_{date}_{commit()}.json"
+    with timing.side_stream(device):
+        ceilings = timing.ceilings(device, repeats)
+    say(f"{about['name']}: " + ", ".join(f"{name} {value:.4g}" for name, value in ceilings.items()))
+    rows: list[dict[str, Any]] = []
+    result: dict[str, Any] = {
+        "kind": "kernels", "date": date, "device": about, "commit": commit(),
+        "command": shlex.join(["python", "-m", "benchmarks.run", *(sys.argv[1:] if arguments is None else arguments)]),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "repeats": repeats, "ceilings": ceilings, "rows": rows,
+    }  # fmt: skip
+    for op in options.op:
+        module = importlib.import_module(f"benchmarks.ops.{op}")
+        if not hasattr(module, "cases"):
+            say(f"{op}: nothing to time")
+            continue
+        for case in module.cases(device, options.quick):
+            found = run_case(op, case, device, repeats, ceilings, options.peers)
+            say(lines(found))
+            rows += found
+        result["goals"] = goals.judge(rows, device.type)
+        write_json(out, result)
+    say(goals.table(result["goals"]))
+    bad = [f"{r['op']} {r['label']}: {r['reason']}" for r in rows if r["contestant"] == OURS and r["status"] != "timed"]
+    measured = [
+        {k: g[k] for k in ("goal", "what", "peer", "value", "bar", "met")} for g in result["goals"] if g["cases"]
+    ]
+    print(json.dumps({"file": str(out), "ratios": ratios(rows), "goals": measured, "ours_wrong_or_failed": bad}))
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
