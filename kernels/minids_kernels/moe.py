@@ -5,20 +5,23 @@ counts the sum of its two best), then the best `top_k` experts in them; weights 
 normalised to one if asked, times `scale`.
 Experts: y[t] = sum_j topk_weight[t, j] * down_e(swiglu(gate_up_e(x[t]))) with e = topk_ids[t, j]. Tokens are sorted by
 expert, so that each expert is one matrix product; the weight is applied before `down` (which is linear), so the
-products' outputs need not be kept. Test: tests/kernels/test_moe.py.
+products' outputs need not be kept. The backward keeps x, the gate_up products and the permutation, and computes
+everything else again. On a GPU nothing waits for a count: segments lie end to end, grids depend on shapes alone.
+Test: tests/kernels/test_moe.py. Benchmark: benchmarks/ops/moe.py.
 """
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from . import _launch
 from ._checks import check_float, check_shape, compute_dtype
-from .swiglu import swiglu_backward
+from ._launch import tl, triton
+from ._ops import add_op_namespace_prefix
+from .grouped_gemm import grouped_mm, grouped_outer
+from .swiglu import swiglu_backward, swiglu_gradients, swiglu_values
 
 __all__ = ["moe_experts", "moe_experts_reference", "moe_gate"]
 
@@ -77,99 +80,233 @@ def moe_experts_reference(
     return out.to(x.dtype)
 
 
-class _Plan:
-    """Where each (token, slot) pair goes when pairs are sorted by expert, each expert's segment padded to ALIGN rows.
-
-    The padding bounds the number of different matrix shapes: CPU libraries prepare code for each shape they meet, which
-    for an expert's product takes longer than the product itself.
-    offsets int32 [E + 1] segment starts; rows: all segments' length; place [T * k] row of each pair; token [rows] the
-    token of each row (0 in padding).
-    """
-
-    def __init__(self, topk_ids: Tensor, experts: int) -> None:
-        flat = topk_ids.flatten()
-        pairs, device = flat.numel(), flat.device
-        counts = torch.zeros(experts, dtype=torch.int64, device=device).scatter_add_(0, flat, torch.ones_like(flat))
-        padded = (counts + ALIGN - 1) // ALIGN * ALIGN
-        self.offsets = F.pad(padded.cumsum(0, dtype=torch.int32), (1, 0))
-        on_cpu = device.type == "cpu"
-        self.rows = int(self.offsets[-1]) if on_cpu else -(-pairs // ALIGN) * ALIGN + experts * ALIGN
-        order = flat.argsort(stable=True)
-        shift = self.offsets[:-1] - (counts.cumsum(0) - counts)  # from sorted position to padded row, an expert
-        row = torch.arange(pairs, device=device) + shift[flat[order]]
-        self.place = torch.empty_like(order).scatter_(0, order, row)
-        self.token = torch.zeros(self.rows, dtype=torch.int64, device=device).scatter_(
-            0, row, order // topk_ids.shape[1]
-        )
-
-    def spread(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """Router weights [T, k] -> [rows, 1], 0 in padding."""
-        return weight.new_zeros(self.rows, dtype=dtype).scatter_(0, self.place, weight.flatten().to(dtype)).unsqueeze(1)
-
-    def combine(self, y: Tensor, top_k: int) -> Tensor:
-        """Sums each token's rows: y [rows, D] -> [T, D]."""
-        first, *others = self.place.view(-1, top_k).unbind(1)
-        out = y[first]
-        for place in others:
-            out += y[place]
-        return out
+# --- kernels ----------------------------------------------------------------------------------------------------------
 
 
-def _grouped_mm(x: Tensor, w: Tensor, plan: _Plan) -> Tensor:
-    """x [rows, K], w [E, K, N] -> [rows, N], each segment by its own expert's matrix."""
-    if x.device.type != "cpu":
-        return F.grouped_mm(x, w, offs=plan.offsets[1:])
-    out = x.new_empty(plan.rows, w.shape[2])
-    bounds = plan.offsets.tolist()
-    for expert, (start, end) in enumerate(itertools.pairwise(bounds)):
-        if end > start:
-            torch.mm(x[start:end], w[expert], out=out[start:end])
+@triton.jit
+def _activate_kernel(
+    gate_up_ptr, weight_ptr, out_ptr, M, N, ROWS: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """out [M, N] = swiglu(gate_up [M, 2N]) * weight [M]; all columns of ROWS rows a program."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    weight = tl.load(weight_ptr + rows, mask=rows < M, other=0.0).to(tl.float32)
+    for start in tl.range(0, N, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)[None, :]
+        mask = (rows < M) & (cols < N)
+        gate = tl.load(gate_up_ptr + rows * (2 * N) + cols, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(gate_up_ptr + rows * (2 * N) + N + cols, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + rows * N + cols, (swiglu_values(gate, up) * weight).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _activate_backward_kernel(
+    dout_ptr, gate_up_ptr, weight_ptr, out_ptr, dgate_up_ptr, dweight_ptr, M, N,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """From dout [M, N]: out again, dgate_up [M, 2N] and dweight [M] fp32, each row's products summed in one order."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    rows = row[:, None]
+    weight = tl.load(weight_ptr + rows, mask=rows < M, other=0.0).to(tl.float32)
+    products = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    for start in tl.range(0, N, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)[None, :]
+        mask = (rows < M) & (cols < N)
+        gate = tl.load(gate_up_ptr + rows * (2 * N) + cols, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(gate_up_ptr + rows * (2 * N) + N + cols, mask=mask, other=0.0).to(tl.float32)
+        dout = tl.load(dout_ptr + rows * N + cols, mask=mask, other=0.0).to(tl.float32)
+        y = swiglu_values(gate, up)
+        products += dout * y
+        dgate, dup = swiglu_gradients(dout * weight, gate, up)
+        tl.store(out_ptr + rows * N + cols, (y * weight).to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(dgate_up_ptr + rows * (2 * N) + cols, dgate.to(dgate_up_ptr.dtype.element_ty), mask=mask)
+        tl.store(dgate_up_ptr + rows * (2 * N) + N + cols, dup.to(dgate_up_ptr.dtype.element_ty), mask=mask)
+    tl.store(dweight_ptr + row, tl.sum(products, axis=1), mask=row < M)
+
+
+@triton.jit
+def _combine_kernel(y_ptr, place_ptr, out_ptr, T, N, top_k, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """out [T, N]: sum of each token's top_k rows of y, in fp32 and one order."""
+    program = tl.program_id(0).to(tl.int64)
+    across = tl.cdiv(N, BLOCK_N)
+    rows = (program // across) * ROWS + tl.arange(0, ROWS)[:, None]
+    cols = (program % across) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    mask = (rows < T) & (cols < N)
+    total = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    for slot in tl.range(top_k):
+        place = tl.load(place_ptr + rows * top_k + slot, mask=rows < T, other=0)
+        total += tl.load(y_ptr + place * N + cols, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + rows * N + cols, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+# --- launchers --------------------------------------------------------------------------------------------------------
+
+
+def _triton_activate(gate_up: Tensor, weight: Tensor) -> Tensor:
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(rows, width)
+    config = _launch.config("moe", "activate", _launch.arch(gate_up), N=width)
+    grid = (triton.cdiv(rows, config["ROWS"]),)
+    _launch.launch(_activate_kernel, grid, gate_up, weight, out, rows, width, **config)
     return out
 
 
-def _grouped_outer(a: Tensor, b: Tensor, plan: _Plan, dtype: torch.dtype) -> Tensor:
-    """a [rows, M], b [rows, N] -> [E, M, N] in `dtype`: a.T @ b of each segment, zero for an empty one."""
-    experts = plan.offsets.numel() - 1
-    if a.device.type != "cpu":
-        return F.grouped_mm(a.T, b, offs=plan.offsets[1:]).to(dtype)
-    out = a.new_empty(experts, a.shape[1], b.shape[1], dtype=dtype)
-    bounds = plan.offsets.tolist()
-    for expert, (start, end) in enumerate(itertools.pairwise(bounds)):
-        out[expert] = a[start:end].T @ b[start:end]
+def _triton_activate_backward(dout: Tensor, gate_up: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    rows, width = dout.shape
+    out, dgate_up = torch.empty_like(dout), torch.empty_like(gate_up)
+    dweight = dout.new_empty(rows, dtype=torch.float32)
+    config = _launch.config("moe", "activate_backward", _launch.arch(dout), N=width)
+    _launch.launch(
+        _activate_backward_kernel, (triton.cdiv(rows, config["ROWS"]),),
+        dout, gate_up, weight, out, dgate_up, dweight, rows, width, **config,
+    )  # fmt: skip
+    return out, dgate_up, dweight
+
+
+def _triton_combine(y: Tensor, place: Tensor, top_k: int) -> Tensor:
+    tokens, width = place.shape[0] // top_k, y.shape[1]
+    out = y.new_empty(tokens, width)
+    config = _launch.config("moe", "combine", _launch.arch(y), N=width)
+    grid = (triton.cdiv(tokens, config["ROWS"]) * triton.cdiv(width, config["BLOCK_N"]),)
+    _launch.launch(_combine_kernel, grid, y, place, out, tokens, width, top_k, **config)
     return out
 
 
-class _Experts(torch.autograd.Function):
-    """Keeps x, the gate_up products and the plan; everything else is computed again in the backward."""
+# --- PyTorch path -----------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def forward(ctx, x: Tensor, ids: Tensor, weight: Tensor, w_gate_up: Tensor, w_down: Tensor, dtype: torch.dtype):
-        plan = _Plan(ids, w_gate_up.shape[0])
-        xc, wg, wd = x.to(dtype), w_gate_up.to(dtype), w_down.to(dtype)
-        gate_up = _grouped_mm(xc[plan.token], wg.transpose(1, 2), plan)
-        gate, up = gate_up.chunk(2, dim=-1)
-        scaled = F.silu(gate).mul_(up).mul_(plan.spread(weight, dtype))
-        y = _grouped_mm(scaled, wd.transpose(1, 2), plan)
-        ctx.save_for_backward(xc, weight, wg, wd, gate_up)
-        ctx.plan, ctx.dtypes = plan, (x.dtype, w_gate_up.dtype)
-        return plan.combine(y, ids.shape[1]).to(x.dtype)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout: Tensor):
-        xc, weight, wg, wd, gate_up = ctx.saved_tensors
-        plan, dtype, (x_dtype, w_dtype) = ctx.plan, xc.dtype, ctx.dtypes
-        w = plan.spread(weight, dtype)
-        gate, up = gate_up.chunk(2, dim=-1)
-        act = F.silu(gate).mul_(up)
-        dy = dout.to(dtype)[plan.token]
-        dscaled = _grouped_mm(dy, wd, plan)
-        dweight = torch.linalg.vecdot(dscaled, act).to(weight.dtype)[plan.place].view_as(weight)
-        dwd = _grouped_outer(dy, act.mul_(w), plan, w_dtype)
-        dgate_up = swiglu_backward(dscaled.mul_(w), gate_up)
-        dwg = _grouped_outer(dgate_up, xc[plan.token], plan, w_dtype)
-        dx = plan.combine(_grouped_mm(dgate_up, wg, plan), weight.shape[1])
-        return dx.to(x_dtype), None, dweight, dwg, dwd, None
+def _torch_activate(gate_up: Tensor, weight: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up).mul_(weight)
+
+
+def _torch_activate_backward(dout: Tensor, gate_up: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    gate, up = gate_up.chunk(2, dim=-1)
+    out = F.silu(gate).mul_(up)
+    dweight = torch.linalg.vecdot(dout, out)
+    return out.mul_(weight), swiglu_backward(dout.mul_(weight), gate_up), dweight
+
+
+def _torch_combine(y: Tensor, place: Tensor, top_k: int) -> Tensor:
+    first, *others = place.view(-1, top_k).unbind(1)
+    out = y[first]
+    for rows in others:
+        out += y[rows]
+    return out
+
+
+# --- forward and backward ---------------------------------------------------------------------------------------------
+
+
+def _align(x: Tensor) -> int:
+    """Rows that experts' segments are padded to: to none by our kernels. CPU libraries prepare code for each shape of
+    product they meet, which takes longer than an expert's product itself; padding bounds the number of shapes."""
+    return 1 if _launch.use_triton(x) else ALIGN
+
+
+def _bound(pairs: int, experts: int, align: int) -> int:
+    """Rows that padded segments need at most."""
+    return pairs if align == 1 else min(-(-pairs // align) * align + experts * align, pairs * align)
+
+
+def _plan(topk_ids: Tensor, experts: int, align: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each (token, slot) pair goes when pairs are sorted by expert: offsets int32 [E + 1] starts of the experts'
+    segments, place [T * k] row of each pair, token [_bound(...)] token of each row (0 in padding)."""
+    flat = topk_ids.flatten()
+    pairs, device = flat.shape[0], flat.device
+    counts = torch.zeros(experts, dtype=torch.int64, device=device).scatter_add_(0, flat, torch.ones_like(flat))
+    padded = (counts + align - 1) // align * align
+    offsets = F.pad(padded.cumsum(0, dtype=torch.int32), (1, 0))
+    order = flat.argsort(stable=True)
+    shift = offsets[:-1] - (counts.cumsum(0) - counts)  # from sorted position to row, an expert
+    row = torch.arange(pairs, device=device) + shift[flat[order]]
+    place = torch.empty_like(order).scatter_(0, order, row)
+    token = torch.zeros(_bound(pairs, experts, align), dtype=torch.int64, device=device)
+    return offsets, place, token.scatter_(0, row, order // topk_ids.shape[1])
+
+
+def _live(token: Tensor, offsets: Tensor) -> Tensor:
+    """Without the rows past the last segment, whose number only the CPU may ask for."""
+    return token if _launch.use_triton(token) else token[: int(offsets[-1])]
+
+
+def _spread(weight: Tensor, place: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """Router weights [T, k] -> [rows, 1], 0 in padding."""
+    return weight.new_zeros(rows, dtype=dtype).scatter_(0, place, weight.flatten().to(dtype)).unsqueeze(1)
+
+
+def _combine(y: Tensor, place: Tensor, top_k: int) -> Tensor:
+    """Sums each token's rows: y [rows, D] -> [T, D]."""
+    return (_triton_combine if _launch.use_triton(y) else _torch_combine)(y, place, top_k)
+
+
+@torch.library.custom_op(add_op_namespace_prefix("moe_experts"), mutates_args=())
+def _moe_experts(
+    x: Tensor, topk_ids: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> out [T, D]; for the backward: gate_up [rows, 2F] and the plan. x and weights of one dtype."""
+    offsets, place, token = _plan(topk_ids, w_gate_up.shape[0], _align(x))
+    live = _live(token, offsets)
+    gate_up = grouped_mm(x[live], w_gate_up, offsets, out=x.new_empty(token.shape[0], w_gate_up.shape[1]))
+    weight = _spread(topk_weight, place, live.shape[0], x.dtype)
+    activate = _triton_activate if _launch.use_triton(x) else _torch_activate
+    y = grouped_mm(activate(gate_up[: live.shape[0]], weight), w_down, offsets)
+    return _combine(y, place, topk_ids.shape[1]), gate_up, offsets, place, token
+
+
+@torch.library.custom_op(add_op_namespace_prefix("moe_experts_backward"), mutates_args=())
+def _moe_experts_backward(
+    dout: Tensor, x: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, gate_up: Tensor, offsets: Tensor,
+    place: Tensor, token: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> dx, dtopk_weight, dw_gate_up, dw_down."""
+    live = _live(token, offsets)
+    weight = _spread(topk_weight, place, live.shape[0], x.dtype)
+    dy = dout[live]
+    backward = _triton_activate_backward if _launch.use_triton(x) else _torch_activate_backward
+    dscaled = grouped_mm(dy, w_down.transpose(1, 2), offsets)
+    scaled, dgate_up, dweight = backward(dscaled, gate_up[: live.shape[0]], weight)
+    dw_down = grouped_outer(dy, scaled, offsets)
+    dw_gate_up = grouped_outer(dgate_up, x[live], offsets)
+    dx = _combine(grouped_mm(dgate_up, w_gate_up.transpose(1, 2), offsets), place, topk_weight.shape[1])
+    return dx, dweight.to(topk_weight.dtype)[place].view_as(topk_weight), dw_gate_up, dw_down
+
+
+@_moe_experts.register_fake
+def _(
+    x: Tensor, topk_ids: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    experts, width, _ = w_gate_up.shape
+    pairs = topk_ids.shape[0] * topk_ids.shape[1]
+    rows = _bound(pairs, experts, _align(x))
+    return (
+        x.new_empty(x.shape), x.new_empty(rows, width), x.new_empty(experts + 1, dtype=torch.int32),
+        topk_ids.new_empty(pairs), topk_ids.new_empty(rows),
+    )  # fmt: skip
+
+
+@_moe_experts_backward.register_fake
+def _(
+    dout: Tensor, x: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, gate_up: Tensor, offsets: Tensor,
+    place: Tensor, token: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return tuple(t.new_empty(t.shape) for t in (x, topk_weight, w_gate_up, w_down))  # type: ignore[return-value]
+
+
+def _setup(ctx, inputs, output) -> None:
+    x, _, topk_weight, w_gate_up, w_down = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(x, topk_weight, w_gate_up, w_down, *output[1:])
+
+
+def _backward(ctx, dout, *_):
+    dx, dweight, dw_gate_up, dw_down = _moe_experts_backward(dout, *ctx.saved_tensors)
+    return dx, None, dweight, dw_gate_up, dw_down
+
+
+_moe_experts.register_autograd(_backward, setup_context=_setup)
+
+
+# --- public op --------------------------------------------------------------------------------------------------------
 
 
 def moe_experts(x: Tensor, topk_ids: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
@@ -188,4 +325,6 @@ def moe_experts(x: Tensor, topk_ids: Tensor, topk_weight: Tensor, w_gate_up: Ten
     check_shape("topk_weight", topk_weight, tuple(topk_ids.shape))
     if topk_ids.dtype != torch.int64:
         raise TypeError(f"topk_ids: got {topk_ids.dtype}, allowed is torch.int64")
-    return _Experts.apply(x, topk_ids, topk_weight, w_gate_up, w_down, compute_dtype(x))
+    dtype = compute_dtype(x)
+    out, *_ = _moe_experts(x.to(dtype), topk_ids, topk_weight, w_gate_up.to(dtype), w_down.to(dtype))
+    return out.to(x.dtype)

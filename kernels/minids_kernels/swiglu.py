@@ -45,12 +45,23 @@ def _sigmoid(x):
 
 
 @triton.jit
+def swiglu_values(gate, up):
+    return gate * _sigmoid(gate) * up
+
+
+@triton.jit
+def swiglu_gradients(dy, gate, up):
+    sigmoid = _sigmoid(gate)
+    return dy * up * (sigmoid * (1.0 + gate * (1.0 - sigmoid))), dy * (gate * sigmoid)
+
+
+@triton.jit
 def _swiglu_fwd_kernel(gate_up_ptr, y_ptr, M, N, stride, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
     """One tile of y [M, N] contiguous a program; gate_up [M, 2N]."""
     rows, cols, mask = _tile(M, N, ROWS, BLOCK_N)
     gate = tl.load(gate_up_ptr + rows * stride + cols, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + rows * stride + N + cols, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + rows * N + cols, (gate * _sigmoid(gate) * up).to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + rows * N + cols, swiglu_values(gate, up).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -62,9 +73,7 @@ def _swiglu_bwd_kernel(
     gate = tl.load(gate_up_ptr + rows * stride + cols, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + rows * stride + N + cols, mask=mask, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + rows * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    sigmoid = _sigmoid(gate)
-    dgate = dy * up * (sigmoid * (1.0 + gate * (1.0 - sigmoid)))
-    dup = dy * (gate * sigmoid)
+    dgate, dup = swiglu_gradients(dy, gate, up)
     tl.store(out_ptr + rows * (2 * N) + cols, dgate.to(out_ptr.dtype.element_ty), mask=mask)
     tl.store(out_ptr + rows * (2 * N) + N + cols, dup.to(out_ptr.dtype.element_ty), mask=mask)
 

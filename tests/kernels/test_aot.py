@@ -24,7 +24,11 @@ TENSOR_CORE = {
 ANY_TENSOR_CORE = {"HMMA", "HGMMA", "QMMA", "QGMMA", "UTCQMMA", "UTCHMMA"}
 
 # kernel -> operand type of its products; kernels that are not named have none
-PRODUCTS: dict[str, str] = {}
+PRODUCTS: dict[str, str] = {
+    "_grouped_gemm_kernel": "bf16",
+    "_grouped_gemm_small_kernel": "bf16",
+    "_grouped_outer_kernel": "bf16",
+}
 
 
 @functools.cache

@@ -18,6 +18,7 @@ TOKENS = 14
 CU_SEQLENS = torch.tensor([0, 5, 5, 6, TOKENS], dtype=torch.int32)
 TARGETS = torch.tensor([3, -100, 0, 6, 6, 1, -100, 2, 3, 4, 5, 0, 1, 2])
 IDS = torch.tensor([[0, 1], [2, 1], [2, 0], [1, 2], [0, 1], [0, 2], [1, 0]] * 2)  # expert 3 stays empty
+OFFSETS = torch.tensor([0, 5, 5, 6, TOKENS - 2], dtype=torch.int32)  # expert 1 is empty, two rows are nobody's
 ANGLE = torch.linspace(0, 3, TOKENS * 2).view(TOKENS, 2)
 BIAS = torch.linspace(-0.2, 0.2, 6)
 
@@ -60,6 +61,10 @@ CASES: dict[str, tuple[Op, Inputs]] = {
         _attention,
         lambda: [torch.randn(TOKENS, 2, 6), torch.randn(TOKENS, 1, 6), torch.randn(TOKENS, 1, 4)],
     ),
+    "grouped product": (
+        lambda x, w: kernels.grouped_gemm(x, w, OFFSETS),
+        lambda: [torch.randn(TOKENS, 5), torch.randn(4, 6, 5)],
+    ),
     "experts": (
         lambda x, weight, w_gate_up, w_down: kernels.moe_experts(x, IDS, weight, w_gate_up, w_down),
         lambda: [torch.randn(TOKENS, 5), torch.rand(TOKENS, 2), torch.randn(4, 6, 5), torch.randn(4, 5, 3)],
@@ -72,7 +77,7 @@ CASES: dict[str, tuple[Op, Inputs]] = {
 
 
 # those that have Triton kernels
-TRITON = {"rms_norm", "rms_norm with a residual", "swiglu"}
+TRITON = {"experts", "grouped product", "rms_norm", "rms_norm with a residual", "swiglu"}
 
 
 @pytest.fixture(params=[*CASES, *(f"{name}, triton" for name in CASES if name in TRITON)])

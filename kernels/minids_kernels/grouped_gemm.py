@@ -1,0 +1,293 @@
+"""Grouped matrix product: y[t] = w[e] @ x[t] for every row t of expert e's segment, rows sorted by expert.
+
+x [T, K], w [E, N, K] of one dtype (fp32, bf16 or fp16; fp64 on the PyTorch path), offsets int32 [E + 1] on the same
+device: expert e owns rows offsets[e] to offsets[e + 1], offsets[0] is 0. Segments may be empty and of any length;
+nothing is padded. Rows from offsets[E] on belong to no expert: their y and their gradient are zero. Sums are fp32;
+fp32 operands are multiplied exactly (input_precision="ieee", no tf32).
+
+No count ever leaves the device, and the grids depend on T and E alone: a CUDA graph captured once serves any routing.
+A segment's tiles of B rows begin at its own first row; expert e's are numbered from offsets[e] // B + e on, which
+leaves it the ceil(count / B) numbers it needs, because floor((o + c) / B) + 1 - floor(o / B) >= ceil(c / B). So a
+program finds its expert by counting which of these first numbers are not above its own. Up to SMALL rows (decoding)
+each row is a tile of its own, of which only a segment's first does work: weights are read once, and only those that
+are hit; there the weights are the operand that tensor cores want 64 rows of.
+Gradients: dx = the same product with w[e].T; dw[e] = dy_e.T @ x_e, one program an output tile walking through the
+segment's rows: no atomics, the same bits every time. Runs on every GPU that Triton knows.
+Device-side offsets: pytorch/pytorch#146328; rows without padding: pytorch/torchtitan#2255.
+Test: tests/kernels/test_grouped_gemm.py. Benchmark: benchmarks/ops/grouped_gemm.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _launch
+from ._checks import check_float, check_shape, compute_dtype
+from ._launch import tl, triton
+from ._ops import add_op_namespace_prefix
+
+__all__ = ["grouped_gemm", "grouped_gemm_reference"]
+
+SMALL = 32  # rows up to which weights alone count
+
+
+def grouped_gemm_reference(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+    """fp32, one expert after the other; shapes as `grouped_gemm`."""
+    y = x.new_zeros(x.shape[0], w.shape[1])
+    for expert, (start, end) in enumerate(itertools.pairwise(offsets.tolist())):
+        y[start:end] = (x[start:end].float() @ w[expert].float().T).to(x.dtype)
+    return y
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _tile(program, down, across, GROUP: tl.constexpr):
+    """Row and column of a program's tile: GROUP rows of tiles at a time, column after column, so that programs which
+    run together share their operands in L2."""
+    first = program // (GROUP * across) * GROUP
+    size = tl.minimum(down - first, GROUP)
+    rest = program % (GROUP * across)
+    return first + rest % size, rest // size
+
+
+@triton.jit
+def _grouped_gemm_kernel(
+    x_ptr, w_ptr, offsets_ptr, y_ptr, T, E, N, K, x_row, x_col, w_expert, w_row, w_col,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EXPERTS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of y [T, N] contiguous a program; EXPERTS: a power of two above E; E itself stands for "no expert"."""
+    tile, column = _tile(tl.program_id(0), T // BLOCK_M + E + 1, tl.cdiv(N, BLOCK_N), GROUP)
+    experts = tl.arange(0, EXPERTS)
+    first = tl.load(offsets_ptr + experts, mask=experts <= E, other=0) // BLOCK_M + experts
+    expert = tl.sum(((first <= tile) & (experts <= E)).to(tl.int32), axis=0) - 1
+    start = tl.load(offsets_ptr + expert)
+    end = tl.load(offsets_ptr + expert + 1, mask=expert < E, other=T)
+    row = start + (tile - start // BLOCK_M - expert) * BLOCK_M
+    if row < end:
+        rows = (row + tl.arange(0, BLOCK_M))[:, None]
+        cols = (column * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+        depth = tl.arange(0, BLOCK_K)
+        x_ptrs = x_ptr + rows.to(tl.int64) * x_row + depth[None, :] * x_col
+        w_ptrs = w_ptr + expert.to(tl.int64) * w_expert + cols.to(tl.int64) * w_row + depth[:, None] * w_col
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in tl.range(0, tl.where(expert < E, K, 0), BLOCK_K):
+            x_mask = rows < end
+            w_mask = cols < N
+            if not EVEN_K:
+                x_mask &= depth[None, :] < K - k
+                w_mask &= depth[:, None] < K - k
+            x = tl.load(x_ptrs, mask=x_mask, other=0.0)
+            w = tl.load(w_ptrs, mask=w_mask, other=0.0)
+            acc = tl.dot(x, w, acc, input_precision="ieee")
+            x_ptrs += BLOCK_K * x_col
+            w_ptrs += BLOCK_K * w_col
+        mask = (rows < end) & (cols < N)
+        tl.store(y_ptr + rows.to(tl.int64) * N + cols, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _grouped_gemm_small_kernel(
+    x_ptr, w_ptr, offsets_ptr, y_ptr, T, E, N, K, x_row, x_col, w_expert, w_row, w_col,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EXPERTS: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """T <= BLOCK_M: the whole segment that begins at row program_id(1), BLOCK_N columns of it, as its transpose."""
+    start = tl.program_id(1)
+    experts = tl.arange(0, EXPERTS)
+    before = tl.load(offsets_ptr + 1 + experts, mask=experts < E, other=T) <= start
+    expert = tl.sum((before & (experts < E)).to(tl.int32), axis=0)
+    if start == tl.load(offsets_ptr + expert):
+        end = tl.load(offsets_ptr + expert + 1, mask=expert < E, other=T)
+        rows = (start + tl.arange(0, BLOCK_M))[None, :]
+        cols = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
+        depth = tl.arange(0, BLOCK_K)
+        x_ptrs = x_ptr + rows.to(tl.int64) * x_row + depth[:, None] * x_col
+        w_ptrs = w_ptr + expert.to(tl.int64) * w_expert + cols.to(tl.int64) * w_row + depth[None, :] * w_col
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for k in tl.range(0, tl.where(expert < E, K, 0), BLOCK_K):
+            x_mask = rows < end
+            w_mask = cols < N
+            if not EVEN_K:
+                x_mask &= depth[:, None] < K - k
+                w_mask &= depth[None, :] < K - k
+            w = tl.load(w_ptrs, mask=w_mask, other=0.0)
+            x = tl.load(x_ptrs, mask=x_mask, other=0.0)
+            acc = tl.dot(w, x, acc, input_precision="ieee")
+            x_ptrs += BLOCK_K * x_col
+            w_ptrs += BLOCK_K * w_col
+        mask = (rows < end) & (cols < N)
+        tl.store(y_ptr + rows.to(tl.int64) * N + cols, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _grouped_outer_kernel(
+    a_ptr, b_ptr, offsets_ptr, out_ptr, M, N, a_row, a_col, b_row, b_col,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """One tile of out [E, M, N] contiguous a program: a.T @ b over one expert's rows."""
+    down = tl.cdiv(M, BLOCK_M)
+    across = tl.cdiv(N, BLOCK_N)
+    expert = tl.program_id(0) // (down * across)
+    tile, column = _tile(tl.program_id(0) % (down * across), down, across, GROUP)
+    start = tl.load(offsets_ptr + expert)
+    end = tl.load(offsets_ptr + expert + 1)
+    ms = (tile * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    ns = (column * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    step = tl.arange(0, BLOCK_T)
+    a_ptrs = a_ptr + (start + step).to(tl.int64)[None, :] * a_row + ms * a_col
+    b_ptrs = b_ptr + (start + step).to(tl.int64)[:, None] * b_row + ns * b_col
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for t in tl.range(start, end, BLOCK_T):
+        a = tl.load(a_ptrs, mask=(step[None, :] < end - t) & (ms < M), other=0.0)
+        b = tl.load(b_ptrs, mask=(step[:, None] < end - t) & (ns < N), other=0.0)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+        a_ptrs += BLOCK_T * a_row
+        b_ptrs += BLOCK_T * b_row
+    out = out_ptr + expert.to(tl.int64) * M * N + ms.to(tl.int64) * N + ns
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(ms < M) & (ns < N))
+
+
+# --- launchers --------------------------------------------------------------------------------------------------------
+
+
+def _config(kernel: str, *tensors: Tensor, **shape: int) -> dict[str, Any]:
+    """The table of operands' kind: fp32 has no tensor cores here, and rows that are not 16 elements apart can not be
+    copied asynchronously, so that both want small tiles."""
+    x = tensors[0]
+    odd = any(stride % 16 for tensor in tensors for stride in tensor.stride() if stride != 1)
+    kind = "_fp32" if x.dtype == torch.float32 else "_odd" if odd else ""
+    return _launch.config("grouped_gemm", kernel + kind, _launch.arch(x), **shape)
+
+
+def _triton_mm(x: Tensor, w: Tensor, offsets: Tensor, out: Tensor) -> None:
+    (rows, depth), (experts, width, _) = x.shape, w.shape
+    small = rows <= SMALL
+    config = _config("small", x, w) if small else _config("many", x, w, rows=rows // max(1, experts))
+    block = max(16, triton.next_power_of_2(rows)) if small else config["BLOCK_M"]
+    columns = triton.cdiv(width, config["BLOCK_N"])
+    _launch.launch(
+        _grouped_gemm_small_kernel if small else _grouped_gemm_kernel,
+        (columns, rows) if small else ((rows // block + experts + 1) * columns,),
+        x, w, offsets, out, rows, experts, width, depth, *x.stride(), *w.stride(),
+        EXPERTS=triton.next_power_of_2(experts + 1), EVEN_K=depth % config["BLOCK_K"] == 0,
+        **config | {"BLOCK_M": block},
+    )  # fmt: skip
+
+
+def _triton_outer(a: Tensor, b: Tensor, offsets: Tensor, out: Tensor) -> None:
+    experts, down, across = out.shape
+    config = _config("outer", a, b)
+    tiles = triton.cdiv(down, config["BLOCK_M"]) * triton.cdiv(across, config["BLOCK_N"])
+    _launch.launch(
+        _grouped_outer_kernel, (experts * tiles,),
+        a, b, offsets, out, down, across, *a.stride(), *b.stride(), **config,
+    )  # fmt: skip
+
+
+# --- PyTorch path -----------------------------------------------------------------------------------------------------
+
+
+def _torch_mm(x: Tensor, w: Tensor, offsets: Tensor, out: Tensor) -> None:
+    bounds = offsets.tolist()
+    for expert, (start, end) in enumerate(itertools.pairwise(bounds)):
+        if end > start:
+            torch.mm(x[start:end], w[expert].T, out=out[start:end])
+    out[bounds[-1] :].zero_()
+
+
+def _torch_outer(a: Tensor, b: Tensor, offsets: Tensor, out: Tensor) -> None:
+    for expert, (start, end) in enumerate(itertools.pairwise(offsets.tolist())):
+        torch.mm(a[start:end].T, b[start:end], out=out[expert])
+
+
+# --- for the inside of other ops: no graph sees them ------------------------------------------------------------------
+
+
+def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor, out: Tensor | None = None) -> Tensor:
+    """x [T, K], w [E, N, K], any strides -> [T, N], into `out` if given: contiguous, perhaps with more rows than x,
+    which become zero."""
+    out = x.new_empty(x.shape[0], w.shape[1]) if out is None else out
+    (_triton_mm if _launch.use_triton(x) else _torch_mm)(x, w, offsets, out)
+    return out
+
+
+def grouped_outer(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    """a [T, M], b [T, N] -> [E, M, N]: a.T @ b of each segment, zero for an empty one."""
+    out = a.new_empty(offsets.shape[0] - 1, a.shape[1], b.shape[1])
+    (_triton_outer if _launch.use_triton(a) else _torch_outer)(a, b, offsets, out)
+    return out
+
+
+# --- registration -----------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op(add_op_namespace_prefix("grouped_gemm"), mutates_args=())
+def _grouped_gemm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+    return grouped_mm(x, w, offsets)
+
+
+_grouped_outer = torch.library.custom_op(add_op_namespace_prefix("grouped_outer"), grouped_outer, mutates_args=())
+
+
+@_grouped_gemm.register_fake
+def _(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], w.shape[1])
+
+
+@_grouped_outer.register_fake
+def _(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    return a.new_empty(offsets.shape[0] - 1, a.shape[1], b.shape[1])
+
+
+def _setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, dy):
+    x, w, offsets = ctx.saved_tensors
+    dx = _grouped_gemm(dy, w.transpose(1, 2), offsets) if ctx.needs_input_grad[0] else None
+    dw = _grouped_outer(dy, x, offsets) if ctx.needs_input_grad[1] else None
+    return dx, dw, None
+
+
+def _outer_backward(ctx, dout):
+    a, b, offsets = ctx.saved_tensors
+    return _grouped_gemm(b, dout, offsets), _grouped_gemm(a, dout.transpose(1, 2), offsets), None
+
+
+_grouped_gemm.register_autograd(_backward, setup_context=_setup)
+_grouped_outer.register_autograd(_outer_backward, setup_context=_setup)
+
+
+# --- public op --------------------------------------------------------------------------------------------------------
+
+
+def grouped_gemm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+    """x [T, K] sorted by expert, w [E, N, K], offsets int32 [E + 1] -> [T, N]: x[t] @ w[e].T, rows offsets[e] to
+    offsets[e + 1] by expert e, zero for rows past offsets[E]. In x's dtype, under autocast in autocast's.
+    Differentiable in x and w, twice too. offsets must not decrease, begin with 0 and end at T or less: their values
+    are not looked at, since that would wait for the device.
+
+    Raises TypeError for a dtype that is no float, w of another dtype than x's (unless autocast is on) or offsets that
+    are not int32, ValueError when shapes or devices disagree.
+    """
+    check_float("x", x)
+    check_float("w", w)
+    check_shape("x", x, (None, None))
+    check_shape("w", w, (None, None, x.shape[1]))
+    check_shape("offsets", offsets, (w.shape[0] + 1,))
+    if offsets.dtype != torch.int32:
+        raise TypeError(f"offsets: got {offsets.dtype}, allowed is torch.int32")
+    for name, tensor in (("w", w), ("offsets", offsets)):
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: got device {tensor.device}, allowed is x's {x.device}")
+    dtype = compute_dtype(x)
+    if w.dtype not in (x.dtype, dtype):
+        raise TypeError(f"w: got {w.dtype}, allowed is x's {x.dtype}")
+    return _grouped_gemm(x.to(dtype), w.to(dtype), offsets)

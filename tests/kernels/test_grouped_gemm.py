@@ -1,0 +1,178 @@
+"""The grouped product against one matrix product a segment in fp64: any counts, empty experts, rows of nobody."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from minids_kernels import grouped_gemm, grouped_gemm_reference
+from minids_kernels._ops import ops
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import opcheck
+
+from benchmarks.aot import record
+from tests.kernels.numerics import LAYOUTS, MODES, assert_near, check, error_bound, poisoned_memory, run
+
+room = importlib.import_module("minids_kernels.grouped_gemm")
+
+# rows of each expert, rows of no expert, N, K; at most 32 rows take the kernel for decoding
+SIZES = [
+    ([5, 0, 17, 1], 0, 24, 40), ([0, 0, 19, 0], 5, 80, 48), ([3, 4], 0, 1, 1), ([0, 0], 0, 8, 8), ([0, 0], 3, 8, 8),
+    ([40, 0, 0, 31, 0, 65], 0, 33, 17), ([0, 33], 70, 16, 64), ([130], 0, 144, 80),
+    ([64, 64], 0, 32, 0),
+]  # fmt: skip
+
+
+def offsets_of(counts: Sequence[int], device: str | torch.device = "cpu") -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device=device)
+
+
+def inputs(counts: Sequence[int], spare: int, width: int, depth: int) -> list[Tensor]:
+    return [torch.randn(sum(counts) + spare, depth), torch.randn(len(counts), width, depth) / math.sqrt(max(1, depth))]
+
+
+def exact(x: Tensor, w: Tensor, counts: Sequence[int]) -> Tensor:
+    """One product a segment; what lies behind the last is zero and depends on nothing."""
+    total = sum(counts)
+    pieces = [piece @ matrix.T for piece, matrix in zip(x[:total].split(list(counts)), w, strict=True)]
+    return torch.cat([*pieces, 0 * x[total:].sum(1, keepdim=True).expand(-1, w.shape[1])])
+
+
+def check_counts(counts: Sequence[int], spare: int, width: int, depth: int, mode: str, device: torch.device) -> None:
+    """3 roundings: autocast's of the operands, and the result's. Sums over K, N, or a segment's rows."""
+    check(
+        lambda x, w: grouped_gemm(x, w, offsets_of(counts, x.device)), lambda x, w: exact(x, w, counts),
+        inputs(counts, spare, width, depth), mode, roundings=4, length=max(width, depth, *counts), device=device,
+    )  # fmt: skip
+
+
+def skip_bf16(mode: str, backend: str, device: torch.device) -> None:
+    if backend == "triton" and device.type == "cpu" and mode in ("bf16", "autocast"):
+        pytest.skip("Triton's interpreter takes bf16 operands of tl.dot for integers")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_agrees_with_a_product_for_each_segment(
+    size: tuple[list[int], int, int, int], mode: str, backend: str, device: torch.device
+) -> None:
+    skip_bf16(mode, backend, device)
+    check_counts(*size, mode, device)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_reference_agrees(size: tuple[list[int], int, int, int]) -> None:
+    counts, _, width, depth = size
+    x, w = inputs(*size)
+    bound = error_bound(torch.float32, 2, max(width, depth))
+    assert_near(grouped_gemm_reference(x, w, offsets_of(counts)), exact(x.double(), w.double(), counts), bound)
+
+
+def test_512_experts(device: torch.device) -> None:
+    """Hardly any of which have rows, as in decoding, but too many for the kernel of few rows."""
+    counts = torch.bincount(torch.randint(0, 512, (40,)), minlength=512).tolist()
+    x, w = inputs(counts, 1, 16, 16)
+    out = grouped_gemm(x.to(device), w.to(device), offsets_of(counts, device))
+    assert_near(out.cpu(), exact(x.double(), w.double(), counts), error_bound(torch.float32, 2, 16))
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    counts=st.lists(st.one_of(st.just(0), st.integers(0, 70)), min_size=1, max_size=5),
+    spare=st.sampled_from([0, 0, 9]), width=st.integers(1, 40), depth=st.integers(1, 40), triton=st.booleans(),
+    seed=st.integers(0, 2**16),
+)  # fmt: skip
+def test_any_counts(counts: list[int], spare: int, width: int, depth: int, triton: bool, seed: int) -> None:
+    launch = importlib.import_module("minids_kernels._launch")
+    torch.manual_seed(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "BACKEND", "triton" if triton else "torch")
+        device = torch.device("cuda" if triton and torch.cuda.is_available() else "cpu")
+        check_counts(counts, spare, width, depth, "fp32", device)
+
+
+@pytest.mark.parametrize("counts", [[3, 9, 2], [20, 45, 6]], ids=["few rows", "many rows"])
+def test_segments_do_not_meet(counts: list[int], device: torch.device) -> None:
+    """What one expert is fed, not even NaN, reaches another's rows, weights' gradient or the rows of nobody."""
+    tensors = [t.to(device) for t in inputs(counts, 4, 24, 40)]
+    offsets = offsets_of(counts, device)
+    mine = torch.ones(sum(counts) + 4, dtype=torch.bool, device=device)
+    mine[counts[0] : counts[0] + counts[1]] = False
+    poisoned = tensors[0].clone()
+    poisoned[~mine] = torch.nan
+    out, (dx, dw) = run(lambda x, w: grouped_gemm(x, w, offsets), tensors)
+    out2, (dx2, dw2) = run(lambda x, w: grouped_gemm(x, w, offsets), [poisoned, tensors[1]])
+    assert torch.equal(out[mine], out2[mine]) and torch.equal(dx, dx2)
+    assert torch.equal(dw[[0, 2]], dw2[[0, 2]])
+    assert out2[~mine].isnan().all() and dw2[1].isnan().all()
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_the_same_bits_twice_and_all_written(size: tuple[list[int], int, int, int], device: torch.device) -> None:
+    counts = size[0]
+    tensors = [t.to(device) for t in inputs(*size)]
+    dout = torch.randn(tensors[0].shape[0], size[2], device=device)
+
+    def both() -> list[Tensor]:
+        out, grads = run(lambda x, w: grouped_gemm(x, w, offsets_of(counts, device)), tensors, dout)
+        return [out, *grads]
+
+    first, second = both(), both()
+    with poisoned_memory():
+        third = both()
+    for a, b, c in zip(first, second, third, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+@pytest.mark.parametrize("tokens", [17, 200])
+def test_no_count_leaves_the_device(tokens: int) -> None:
+    """Tensors without values: whatever asked for one would raise. The grids that come out serve any counts."""
+    with FakeTensorMode():
+        x, w, offsets = torch.empty(tokens, 32), torch.empty(6, 48, 32), torch.empty(7, dtype=torch.int32)
+        calls = [
+            ("", lambda: room.grouped_mm(x, w, offsets)),
+            ("", lambda: room.grouped_outer(torch.empty(tokens, 48), x, offsets)),
+        ]
+        names = [launch.kernel.__name__ for launch in record(calls, "sm_90")]
+    assert names == [f"_grouped_gemm_{'small_' * (tokens <= 32)}kernel", "_grouped_outer_kernel"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_operators_are_registered_well(layout: Callable[[Tensor], Tensor], device: torch.device) -> None:
+    counts = [20, 0, 13]
+    x, w = (layout(t).to(device) for t in inputs(counts, 2, 24, 40))
+    dy = layout(torch.randn(35, 24)).to(device)
+    offsets = offsets_of(counts, device)
+    opcheck(ops.grouped_gemm.default, (x.detach().requires_grad_(), w.detach().requires_grad_(), offsets))
+    opcheck(ops.grouped_outer.default, (dy.detach().requires_grad_(), x.detach().requires_grad_(), offsets))
+
+
+def test_gradients_of_gradients() -> None:
+    counts = [3, 0, 2]
+    x, w = (t.double().requires_grad_() for t in inputs(counts, 1, 4, 3))
+    assert torch.autograd.gradgradcheck(lambda x, w: grouped_gemm(x, w, offsets_of(counts)), (x, w))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.zeros(3, 4).int()}, TypeError, "x: got torch.int32"),
+        ({"x": torch.zeros(12)}, ValueError, r"x: got shape \(12,\), allowed is \(any, any\)"),
+        ({"w": torch.zeros(2, 5, 3)}, ValueError, r"w: got shape \(2, 5, 3\), allowed is \(any, any, 4\)"),
+        ({"w": torch.zeros(2, 5, 4).half()}, TypeError, "w: got torch.float16, allowed is x's torch.float32"),
+        ({"w": torch.zeros(2, 5, 4, device="meta")}, ValueError, "w: got device meta, allowed is x's cpu"),
+        ({"offsets": torch.zeros(2).int()}, ValueError, r"offsets: got shape \(2,\), allowed is \(3\)"),
+        ({"offsets": torch.zeros(3).long()}, TypeError, "offsets: got torch.int64, allowed is torch.int32"),
+    ],
+)
+def test_bad_input(change: dict[str, Tensor], error: type[Exception], message: str) -> None:
+    good = dict(x=torch.zeros(3, 4), w=torch.zeros(2, 5, 4), offsets=torch.zeros(3, dtype=torch.int32))
+    with pytest.raises(error, match=message):
+        grouped_gemm(**{**good, **change})
