@@ -1,22 +1,147 @@
-"""Quantisation to fp8: what to time and what to compile ahead of time."""
+"""Quantisation to fp8: what to time, what to tune and what to compile ahead of time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from minids_kernels import _launch
-from minids_kernels.fp8_quant import (
+from minids_kernels import (
+    _launch,
     dequantize_blocks,
     dequantize_tiles,
     quantize_blocks,
+    quantize_blocks_reference,
     quantize_tiles,
     quantize_tiles_both,
+    quantize_tiles_both_reference,
+    quantize_tiles_reference,
     quantize_tiles_transposed,
+    quantize_tiles_transposed_reference,
 )
+from torch import Tensor
+
+from benchmarks.protocol import OURS, Case, Contestant, Inputs, Run, Tuning, calls, compiled, normal
 
 DTYPE = torch.bfloat16
+E4M3 = torch.float8_e4m3fn
+
+# rows and columns: V3's hidden size and its experts' width, a long and a short batch, mini models; torchao wants 128s
+GPU_SHAPES = [(4096, 7168), (16_384, 7168), (128, 7168), (4096, 2048), (8192, 1024)]
+CPU_SHAPES = [(4096, 1024), (1024, 4096)]
+QUICK_GPU_SHAPES, QUICK_CPU_SHAPES = [(4096, 7168)], [(256, 512)]
+TOLERANCE = 5e-3  # x / scale and x * (1 / scale) part at ties: a few codes in 1,000 are neighbours, 1/16 away
+
+
+def eager(tile_m: int, tile: int, turned: bool = False) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """The formula as model code writes it, tiles of [tile_m, tile]."""
+
+    def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+        m, k = x.shape
+        tiles = x.float().view(m // tile_m, tile_m, k // tile, tile)
+        scales = tiles.abs().amax((1, 3)).clamp(min=1e-30) / 448
+        codes = (tiles / scales[:, None, :, None]).view(m, k).to(E4M3)
+        return (codes.view(torch.uint8).t().contiguous().view(E4M3), scales.t()) if turned else (codes, scales)
+
+    return quantise
+
+
+def eager_both(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return *eager(1, 128)(x), *eager(128, 1, turned=True)(x)
+
+
+def torchao(name: str) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+        from torchao.prototype.blockwise_fp8_training import kernels
+
+        return getattr(kernels, f"triton_fp8_blockwise_{name}")(x)
+
+    return quantise
+
+
+def torchao_both(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return *torchao("act_quant_lhs")(x), *torchao("act_quant_transposed_lhs")(x)
+
+
+def read_tiles(output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Codes and scales, pair by pair, as numbers."""
+    pairs = zip(output[::2], output[1::2], strict=True)
+    return tuple(dequantize_tiles(codes, scales, torch.float32) for codes, scales in pairs)
+
+
+def read_blocks(output: tuple[Tensor, Tensor]) -> Tensor:
+    return dequantize_blocks(*output, torch.float32)
+
+
+def _case(name: str, rows: int, columns: int, device: torch.device) -> Case:
+    ours, reference, plain, theirs = {
+        "tiles fwd": (quantize_tiles, quantize_tiles_reference, eager(1, 128), torchao("act_quant_lhs")),
+        "blocks fwd": (quantize_blocks, quantize_blocks_reference, eager(128, 128), torchao("weight_quant_rhs")),
+        "transposed fwd": (
+            quantize_tiles_transposed, quantize_tiles_transposed_reference, eager(128, 1, turned=True),
+            torchao("act_quant_transposed_lhs"),
+        ),
+        "both fwd": (quantize_tiles_both, quantize_tiles_both_reference, eager_both, torchao_both),
+    }[name]  # fmt: skip
+    read: Callable[[Any], Any] = read_blocks if name == "blocks fwd" else read_tiles
+    written = 2 if name == "both fwd" else 1
+    return Case(
+        name=name,
+        shape={"M": rows, "K": columns},
+        dtype=DTYPE,
+        make=lambda: Inputs((normal(rows, columns, device=device, dtype=DTYPE),)),
+        reference=lambda inputs: read(reference(*inputs.args)),
+        contestants={
+            OURS: Contestant(calls(ours), package="minids", read=read),
+            "eager": Contestant(calls(plain), read=read),
+            "compile": Contestant(compiled(plain), read=read),
+            "torchao": Contestant(calls(theirs), package="torchao", on=("cuda",), read=read),
+        },
+        tolerance=TOLERANCE,
+        bytes=rows * columns * (DTYPE.itemsize + written),
+    )
+
+
+def cases(device: torch.device, quick: bool) -> list[Case]:
+    if device.type == "cuda":
+        shapes = QUICK_GPU_SHAPES if quick else GPU_SHAPES
+    else:
+        shapes = QUICK_CPU_SHAPES if quick else CPU_SHAPES
+    names = ("tiles fwd", "blocks fwd", "transposed fwd", "both fwd")
+    return [_case(name, rows, columns, device) for rows, columns in shapes for name in names]
+
+
+def tuning() -> dict[str, Tuning]:
+    def numbers(shape: Mapping[str, int]) -> Tensor:
+        rows = max(256, 2**25 // shape["K"])  # 64 MiB, more than any L2 holds together with the output
+        return normal(rows, shape["K"], device=torch.device("cuda"), dtype=DTYPE)
+
+    def quantise(op: Callable[[Tensor], Any]) -> Callable[[Mapping[str, int]], Run]:
+        return lambda shape: calls(op)(Inputs((numbers(shape),)))
+
+    def dequantise(shape: Mapping[str, int]) -> Run:
+        codes, scales = quantize_tiles(numbers(shape))
+        return lambda: dequantize_tiles(codes, scales, DTYPE)
+
+    def groups(shape: Mapping[str, int]) -> list[dict[str, Any]]:
+        return [
+            dict(ROWS=r, GROUPS=g, num_warps=w)
+            for r in (1, 2, 4, 8, 16, 32)
+            for g in (1, 2, 4, 8, 16)
+            for w in (1, 2, 4, 8, 16)
+            if g * 128 <= max(128, shape["K"]) and 256 <= r * g * 128 // w <= 2048
+        ]
+
+    def columns(*widths: int) -> Callable[[Mapping[str, int]], list[dict[str, Any]]]:
+        return lambda shape: [dict(COLS=c, num_warps=w) for c in widths for w in (4, 8, 16) if c * 128 // w >= 512]
+
+    return {
+        "quantize_tiles": Tuning(quantise(quantize_tiles), groups),
+        "quantize_blocks": Tuning(quantise(quantize_blocks), lambda shape: [dict(num_warps=w) for w in (4, 8, 16, 32)]),
+        "quantize_tiles_transposed": Tuning(quantise(quantize_tiles_transposed), columns(16, 32, 64, 128)),
+        "quantize_tiles_both": Tuning(quantise(quantize_tiles_both), columns(128)),
+        "dequantize": Tuning(dequantise, groups),
+    }
 
 
 def launches(arch: str, every: bool) -> list[tuple[str, Callable[[], Any]]]:
