@@ -1,6 +1,7 @@
 """Times the kernels beside their peers: every contestant is proven right first, then all are timed in turn.
 
-    python -m benchmarks.run [--op rms_norm ...] [--peers eager liger ...] [--quick] [--repeats 50] [--out FILE.json]
+    python -m benchmarks.run [--op rms_norm ...] [--peers eager liger ...] [--quick] [--cold] [--repeats 50]
+                             [--out FILE.json]
 
 On a GPU where there is one (CUDA-graph replay, cold L2), else on the CPU. Writes
 benchmarks/results/<device>_<date>_<commit>.json, again after each op, so that a crash costs one op. Progress and the
@@ -16,16 +17,20 @@ import gc
 import importlib
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch._dynamo
@@ -40,6 +45,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 OPS = tuple(sorted(path.stem for path in (ROOT / "benchmarks" / "ops").glob("[a-z]*.py")))
 SMI = "driver_version,power.limit,clocks.max.sm,clocks.max.mem"  # what a figure depends on beside the chip
+CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "DG_JIT_CACHE_DIR")  # where compilers keep what they made
 PACKAGES = ("torch", "triton", "minids", "sgl-deep-gemm", "apache-tvm-ffi", "torchao", "liger-kernel", "fla-core")
 
 
@@ -116,7 +122,7 @@ class Contest:
     def _row(self, name: str, contestant: Contestant) -> dict[str, Any]:
         case = self.case
         columns = dict.fromkeys(
-            "reason error events median_us p20_us p80_us repeats peak_mb gbps tflops of_copy of_math".split()
+            "reason error events first_s median_us p20_us p80_us repeats peak_mb gbps tflops of_copy of_math".split()
         )
         return {
             "op": self.op, "label": case.label, "case": case.name, "shape": dict(case.shape),
@@ -132,8 +138,13 @@ class Contest:
             row.update(status="absent", reason=reason)
             return
         try:
+            start = time.perf_counter()
             run = contestant.bind(self.inputs)
-            self._check(row, contestant, run())
+            output = run()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            row["first_s"] = round(time.perf_counter() - start, 4)
+            self._check(row, contestant, output)
             if row["status"] != "wrong":
                 self.prepared[name] = timing.prepare(run, self.device)
                 row["events"] = self.prepared[name].events
@@ -216,27 +227,19 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", nargs="+", default=OPS, choices=OPS, help="default: all")
-    parser.add_argument("--peers", nargs="+", help="only these contestants beside ours")
-    parser.add_argument("--quick", action="store_true", help="one small set of cases an op, 10 repeats")
-    parser.add_argument("--repeats", type=int, help="timed calls of each contestant (default: 50)")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<device>_<date>_<commit>.json")
-    options = parser.parse_args(arguments)
-    repeats = options.repeats or (10 if options.quick else 50)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    about, date = describe(device), datetime.date.today().isoformat()
-    out = options.out or RESULTS / f"{slug(device.type + ' ' + about['name'])}_{date}_{commit()}.json"
+def run_ops(options: argparse.Namespace, device: torch.device, command: Sequence[str]) -> dict[str, Any]:
+    """Runs all cases of all ops, writes the result to `options.out` after each op, and returns it."""
+    repeats = options.repeats
+    about = describe(device)
     with timing.side_stream(device):
         ceilings = timing.ceilings(device, repeats)
     say(f"{about['name']}: " + ", ".join(f"{name} {value:.4g}" for name, value in ceilings.items()))
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {
-        "kind": "kernels", "date": date, "device": about, "commit": commit(),
-        "command": shlex.join(["python", "-m", "benchmarks.run", *(sys.argv[1:] if arguments is None else arguments)]),
+        "kind": "kernels", "date": datetime.date.today().isoformat(), "device": about, "commit": commit(),
+        "command": shlex.join(command), "repeats": repeats, "cold": options.cold,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "repeats": repeats, "ceilings": ceilings, "rows": rows,
+        "ceilings": ceilings, "rows": rows, "goals": [],
     }  # fmt: skip
     for op in options.op:
         module = importlib.import_module(f"benchmarks.ops.{op}")
@@ -247,14 +250,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found = run_case(op, case, device, repeats, ceilings, options.peers)
             say(lines(found))
             rows += found
-        result["goals"] = goals.judge(rows, device.type)
-        write_json(out, result)
+        result["goals"] = goals.judge(rows, device.type, options.cold)
+        write_json(options.out, result)
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", nargs="+", default=OPS, choices=OPS, help="default: all")
+    parser.add_argument("--peers", nargs="+", help="only these contestants beside ours")
+    parser.add_argument("--quick", action="store_true", help="one small set of cases an op, 10 repeats")
+    parser.add_argument("--cold", action="store_true", help="compile everything anew, for the column first_s")
+    parser.add_argument("--repeats", type=int, help="timed calls of each contestant (default: 50)")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<device>_<date>_<commit>.json")
+    options = parser.parse_args(arguments)
+    options.repeats = options.repeats or (10 if options.quick else 50)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    stem = f"{slug(device.type + ' ' + describe(device)['name'])}_{datetime.date.today().isoformat()}_{commit()}"
+    options.out = options.out or RESULTS / f"{stem}.json"
+    command = ["python", "-m", "benchmarks.run", *(sys.argv[1:] if arguments is None else arguments)]
+    with tempfile.TemporaryDirectory() as empty:
+        caches = dict.fromkeys(CACHES, empty) if options.cold else {}
+        with mock.patch.dict(os.environ, caches):
+            result = run_ops(options, device, command)
     say(goals.table(result["goals"]))
-    bad = [f"{r['op']} {r['label']}: {r['reason']}" for r in rows if r["contestant"] == OURS and r["status"] != "timed"]
-    measured = [
-        {k: g[k] for k in ("goal", "what", "peer", "value", "bar", "met")} for g in result["goals"] if g["cases"]
+    bad = [
+        f"{row['op']} {row['label']}: {row['reason']}"
+        for row in result["rows"]
+        if row["contestant"] == OURS and row["status"] != "timed"
     ]
-    print(json.dumps({"file": str(out), "ratios": ratios(rows), "goals": measured, "ours_wrong_or_failed": bad}))
+    summary = {
+        "file": str(options.out),
+        "ratios": ratios(result["rows"]),
+        "goals": [goal for goal in result["goals"] if goal["cases"]],
+        "ours_wrong_or_failed": bad,
+    }
+    print(json.dumps(summary))
     return 1 if bad else 0
 
 

@@ -147,7 +147,7 @@ def ceilings(device: torch.device, repeats: int) -> dict[str, float]:
     launch_us, on a GPU: the replay of a kernel that does next to nothing, which is in every figure."""
     gpu = device.type == "cuda"
     size = GIB if gpu else GIB // 8
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    source = torch.empty(size // 4, dtype=torch.int32, device=device).random_()
     target = torch.empty_like(source)
     runs: dict[str, Run] = {"copy": lambda: target.copy_(source)}
     n = 8192 if gpu else 768

@@ -41,7 +41,7 @@ def liger(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def fla(x: Tensor, weight: Tensor) -> Tensor:
-    from fla.modules.layernorm import rms_norm as fla_rms_norm
+    from fla.modules.norm.layernorm import rms_norm as fla_rms_norm
 
     return fla_rms_norm(x, weight, None, eps=EPS)
 
@@ -53,7 +53,7 @@ def liger_residual(x: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor,
 
 
 def fla_residual(x: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    from fla.modules.layernorm import rms_norm as fla_rms_norm
+    from fla.modules.norm.layernorm import rms_norm as fla_rms_norm
 
     return fla_rms_norm(x, weight, None, residual=residual, eps=EPS, prenorm=True)
 

@@ -23,7 +23,7 @@ ROWS = [
 
 
 def only(goal: Goal) -> dict[str, Any]:
-    (found,) = judge(ROWS, "cuda", [goal])
+    (found,) = judge(ROWS, "cuda", goals=[goal])
     return found
 
 
@@ -41,6 +41,12 @@ def test_share_takes_the_best_case() -> None:
     assert (found["value"], found["cases"], found["met"]) == (0.5, 1, False)
 
 
+def test_first_result_counts_only_from_cold_caches() -> None:
+    rows = [row(OURS, 1, 1, first_s=2.0), row("a", 1, 1, first_s=9.0)]
+    goal = Goal(16, "gemm", "fwd", ("a",), 3, 3, of="first_s")
+    assert [judge(rows, "cuda", cold, [goal])[0]["value"] for cold in (True, False)] == [4.5, None]
+
+
 def test_what_was_not_measured_is_neither_met_nor_missed() -> None:
     for goal in (
         Goal(1, "gemm", "fwd", ("c",), 1, 1),
@@ -50,7 +56,7 @@ def test_what_was_not_measured_is_neither_met_nor_missed() -> None:
     ):
         found = only(goal)
         assert (found["value"], found["cases"], found["met"]) == (None, 0, None)
-    assert judge(ROWS, "cpu", [goal]) == []
+    assert judge(ROWS, "cpu", goals=[goal]) == []
 
 
 def test_table_has_a_line_for_each_goal() -> None:

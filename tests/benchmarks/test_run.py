@@ -53,7 +53,7 @@ def rows_of(contestants: Mapping[str, Contestant], peers: list[str] | None = Non
 def test_right_ones_are_timed_and_rates_follow_from_the_case() -> None:
     rows = rows_of({"eager": timed(lambda x: x.pow(2))})
     for row in rows.values():
-        assert row["status"] == "timed" and row["error"] <= 1e-6
+        assert row["status"] == "timed" and row["error"] <= 1e-6 and row["first_s"] >= 0
         assert 0 < row["p20_us"] <= row["median_us"] <= row["p80_us"] and row["repeats"] == 5
         assert row["gbps"] == pytest.approx(256 / row["median_us"] / 1e3, abs=0.006)
         assert row["of_copy"] == pytest.approx(row["gbps"] / 10, abs=0.001)
@@ -161,7 +161,7 @@ ROW = {
 
 def test_the_command_on_rms_norm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "result.json"
-    command = f"--op rms_norm --quick --repeats 3 --peers eager F.rms_norm liger --out {out}"
+    command = f"--op rms_norm --quick --cold --repeats 3 --peers eager F.rms_norm liger --out {out}"
     assert run.main(command.split()) == 0
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last["file"] == str(out) and last["ours_wrong_or_failed"] == []
@@ -169,7 +169,7 @@ def test_the_command_on_rms_norm(tmp_path: Path, capsys: pytest.CaptureFixture[s
     result = json.loads(out.read_text())
     assert result["kind"] == "kernels" and result["repeats"] == 3 and result["command"].endswith(command)
     assert result["device"]["arch"] == "cpu" and result["versions"]["torch"] == torch.__version__
-    assert set(result) == set("kind date device commit command versions repeats ceilings rows goals".split())
+    assert set(result) == set("kind date device commit command versions repeats cold ceilings rows goals".split())
     assert {row["contestant"] for row in result["rows"]} == {OURS, "eager", "F.rms_norm", "liger"}
     for row in result["rows"]:
         assert all(isinstance(row[name], kind) for name, kind in ROW.items() if name != "version"), row
