@@ -1,106 +1,413 @@
-"""Cross-entropy of a linear head without the [T, V] logits: loss and gradients are made chunk by chunk.
+"""Cross-entropy of a linear head without the [T, V] logits (arXiv 2410.10989, 2411.09009), per token:
 
-nll[t] = logsumexp(x[t] @ weight.T) - (x[t] . weight[target[t]]), 0 where target[t] == ignore_index. Logits are rounded
-to the compute dtype as a linear layer's output is; sums and exponentials are fp32. The chunking idea is Liger's and
-Cut Cross-Entropy's (arXiv 2410.10989, 2411.09009). Test: tests/kernels/test_cross_entropy.py.
+    loss[t] = (1 - s) * nll + s * mean over v of -log p[v] + z * lse^2,    nll = lse - logits[target[t]]
+
+with logits = x[t] @ weight.T, lse = logsumexp(logits), label smoothing s and z-loss z (arXiv 2204.02311); 0 where
+target[t] == ignore_index. x [T, D] and weight [V, D] in fp32, bf16 or fp16 (fp64 on the PyTorch path). Logits are
+rounded to the compute dtype as a linear layer's output is; sums and exponentials are fp32.
+
+Triton path: logits come in chunks of about D columns, as large as x itself, by cuBLAS. The forward reads each chunk
+once, keeping a running maximum and sum, and saves lse [T]. The backward makes each chunk again, turns it in place into
+the loss's gradient by logits in one pass, and multiplies it twice: a chunk's rows of dweight are then complete, and
+what is summed over chunks in fp32 is dx, smaller than dweight by V / T. Besides its results the forward holds one x,
+the backward one x and dx in fp32. No atomics, no host syncs; ignored tokens are masked. Runs on every GPU Triton knows.
+
+PyTorch path: ignored tokens are left out altogether; pieces that fit a CPU's caches become losses and gradients.
+Small problems keep these gradients for the backward: a row's upstream factor scales its dx, and its x for dweight.
+Test: tests/kernels/test_cross_entropy.py. Benchmark: benchmarks/ops/cross_entropy.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from . import _launch
 from ._checks import check_float, check_shape, compute_dtype
+from ._launch import tl, triton
+from ._ops import add_op_namespace_prefix
 
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_reference"]
 
-PIECE_ELEMENTS = 1 << 19  # logits in fp32 at once: what stays in a CPU's caches
-CHUNK_ELEMENTS = 1 << 23  # logits in the compute dtype at once
-KEPT_ELEMENTS = 1 << 24  # logits kept for the backward instead of computed again
+MIN_COLUMNS = 1024  # of a chunk of logits, however narrow x is
+PIECE_ELEMENTS = 1 << 19  # logits that the PyTorch path works on at once: what stays in a CPU's caches
+CHUNK_ELEMENTS = 1 << 21  # logits that the PyTorch path's forward makes at once
+KEPT_ELEMENTS = 1 << 24  # gradients by logits that the PyTorch path keeps for the backward
+LOWEST = torch.finfo(torch.float32).min
 
 
-def linear_cross_entropy_reference(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
-    """fp32 logits in full; x [T, D], weight [V, D], targets [T] -> nll [T]."""
-    return F.cross_entropy(x.float() @ weight.float().T, targets, ignore_index=ignore_index, reduction="none")
+def linear_cross_entropy_reference(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100, label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """fp32 logits in full; x [T, D], weight [V, D], targets [T] -> loss [T]."""
+    logits = x.float() @ weight.float().T
+    loss = F.cross_entropy(
+        logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
+    )
+    return loss + z_loss * logits.logsumexp(-1).square() * (targets != ignore_index)
 
 
-def _pieces(rows: int, vocab: int, elements: int) -> list[slice]:
-    step = max(1, elements // vocab)
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _cross_entropy_statistics_kernel(
+    logits_ptr, targets_ptr, state_ptr, loss_ptr, lse_ptr, columns, start, vocab, ignore_index, label_smoothing, z_loss,
+    SMOOTHED: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """A row a program; logits [T, columns] of the vocabulary from `start` on. state [T, 4] holds maximum, sum of
+    exponentials less it, logit at the target and sum of logits so far; the last chunk writes loss and lse [T]."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets_ptr + row)
+    if target != ignore_index:
+        logits = logits_ptr + row * columns
+        state = state_ptr + row * 4
+        largest = tl.load(state)
+        exps = tl.load(state + 1)
+        at_target = tl.load(state + 2)
+        total = tl.load(state + 3)
+        for first in tl.range(0, columns, BLOCK_V):
+            cols = first + tl.arange(0, BLOCK_V)
+            logit = tl.load(logits + cols, mask=cols < columns, other=float("-inf")).to(tl.float32)
+            if SMOOTHED:
+                total += tl.sum(tl.where(cols < columns, logit, 0.0), axis=0)
+            former = largest
+            largest = tl.maximum(former, tl.max(logit, axis=0))
+            exps = exps * tl.exp(former - largest) + tl.sum(tl.exp(logit - largest), axis=0)
+        col = target - start
+        at_target += tl.load(logits + col, mask=(col >= 0) & (col < columns), other=0.0).to(tl.float32)
+        if start + columns == vocab:
+            log_exps = tl.log(exps)
+            lse = tl.where((target >= 0) & (target < vocab), largest + log_exps, float("nan"))
+            loss = (1.0 - label_smoothing) * ((largest - at_target) + log_exps) + z_loss * lse * lse
+            if SMOOTHED:
+                loss += label_smoothing * ((largest - total / vocab) + log_exps)
+            tl.store(lse_ptr + row, lse)
+            tl.store(loss_ptr + row, tl.where(lse == lse, loss, lse))
+        else:
+            tl.store(state, largest)
+            tl.store(state + 1, exps)
+            tl.store(state + 2, at_target)
+            tl.store(state + 3, total)
+
+
+@triton.jit
+def _cross_entropy_gradient_kernel(
+    logits_ptr, targets_ptr, lse_ptr, dloss_ptr, columns, start, dloss_stride, ignore_index, label_smoothing, uniform,
+    z_loss, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """A row a program: logits [T, columns] become their gradient in place. uniform: label_smoothing / vocab."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets_ptr + row)
+    lse = tl.load(lse_ptr + row)
+    counts = target != ignore_index
+    dloss = tl.load(dloss_ptr + row * dloss_stride)
+    logits = logits_ptr + row * columns
+    for first in tl.range(0, columns, BLOCK_V):
+        cols = first + tl.arange(0, BLOCK_V)
+        mask = cols < columns
+        logit = tl.load(logits + cols, mask=mask & counts, other=0.0).to(tl.float32)
+        grad = tl.exp(logit - lse) * (1.0 + 2.0 * z_loss * lse) - uniform
+        grad = tl.where(cols == target - start, grad - (1.0 - label_smoothing), grad) * dloss
+        tl.store(logits + cols, tl.where(counts, grad, 0.0).to(logits_ptr.dtype.element_ty), mask=mask)
+
+
+# --- launchers --------------------------------------------------------------------------------------------------------
+
+
+def _chunks(x: Tensor, weight: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(start, weight[start : start + C] in x's dtype, x @ its transpose [T, C]) over all of the vocabulary, with even
+    C; each overwrites the one before."""
+    (rows, width), vocab = x.shape, weight.shape[0]
+    chunks = triton.cdiv(vocab, max(width, MIN_COLUMNS))
+    step = min(vocab, 128 * triton.cdiv(triton.cdiv(vocab, chunks), 128))
+    buffer = x.new_empty(rows * step)
+    for start in range(0, vocab, step):
+        part = weight[start : start + step].to(x.dtype)
+        logits = buffer[: rows * part.shape[0]].view(rows, part.shape[0])
+        yield start, part, torch.mm(x, part.T, out=logits)
+
+
+def _multiply(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+    """out = a @ b, or with `add` out += a @ b; halves give fp32 without a rounding where the matrix library can."""
+    if out.dtype == a.dtype:
+        torch.addmm(out, a, b, beta=int(add), out=out)
+    elif out.dtype == torch.float32 and a.dtype.itemsize == 2 and a.is_cuda and not torch.version.hip:
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=int(add), out=out)
+    elif add:
+        out += torch.mm(a, b)
+    else:
+        out.copy_(torch.mm(a, b))
+
+
+def _triton_statistics(
+    logits: Tensor, targets: Tensor, state: Tensor, loss: Tensor, lse: Tensor, start: int, vocab: int,
+    ignore_index: int, label_smoothing: float, z_loss: float,
+) -> None:  # fmt: skip
+    """Takes logits [T, C], columns of the vocabulary from `start` on, into `state` or, being the last, into loss and
+    lse."""
+    rows, columns = logits.shape
+    config = _launch.config("cross_entropy", "cross_entropy_statistics", _launch.arch(logits), C=columns)
+    _launch.launch(
+        _cross_entropy_statistics_kernel, (rows,),
+        logits, targets, state, loss, lse, columns, start, vocab, ignore_index, label_smoothing, z_loss,
+        SMOOTHED=label_smoothing > 0, **config,
+    )  # fmt: skip
+
+
+def _triton_fwd(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, z_loss: float,
+    dtype: torch.dtype, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    rows, vocab = x.shape[0], weight.shape[0]
+    targets = targets.contiguous()
+    loss, lse = (x.new_zeros(rows, dtype=torch.float32) for _ in range(2))
+    state = x.new_zeros(rows, 4, dtype=torch.float32)
+    state[:, 0] = LOWEST
+    for start, _, logits in _chunks(x.to(dtype), weight):
+        _triton_statistics(logits, targets, state, loss, lse, start, vocab, ignore_index, label_smoothing, z_loss)
+    return loss, lse, x.new_empty(0, vocab, dtype=dtype)
+
+
+def _triton_gradient(
+    logits: Tensor, targets: Tensor, lse: Tensor, dloss: Tensor, start: int, vocab: int, ignore_index: int,
+    label_smoothing: float, z_loss: float,
+) -> None:  # fmt: skip
+    """logits [T, C], columns of the vocabulary from `start` on, become the loss's gradient by them."""
+    rows, columns = logits.shape
+    config = _launch.config("cross_entropy", "cross_entropy_gradient", _launch.arch(logits), C=columns)
+    _launch.launch(
+        _cross_entropy_gradient_kernel, (rows,),
+        logits, targets, lse, dloss, columns, start, dloss.stride(0), ignore_index, label_smoothing,
+        label_smoothing / vocab, z_loss, **config,
+    )  # fmt: skip
+
+
+def _chunked_bwd(
+    dloss: Tensor, x: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, ignore_index: int, label_smoothing: float,
+    z_loss: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Both paths' backward from lse alone: dx in lse's dtype, dweight in weight's."""
+    gradient = _triton_gradient if _launch.use_triton(x) else _torch_gradient
+    x, targets = x.to(dtype), targets.contiguous()
+    dx = x.new_zeros(x.shape, dtype=lse.dtype)
+    dweight = weight.new_empty(weight.shape)
+    for start, part, logits in _chunks(x, weight):
+        gradient(logits, targets, lse, dloss, start, weight.shape[0], ignore_index, label_smoothing, z_loss)
+        _multiply(dweight[start : start + part.shape[0]], logits.T, x, add=False)
+        _multiply(dx, logits, part, add=True)
+    return dx, dweight
+
+
+# --- PyTorch path -----------------------------------------------------------------------------------------------------
+
+
+def _pieces(rows: int, columns: int, elements: int) -> list[slice]:
+    step = max(1, elements // columns)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Per-token losses. Small problems keep the gradient by logits in the compute dtype, large ones make it again."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
-        rows, vocab = x.shape[0], weight.shape[0]
-        xc, wc = x.to(dtype), weight.to(dtype)
-        nll = torch.empty(rows, dtype=torch.promote_types(dtype, torch.float32), device=x.device)
-        keep = rows * vocab <= KEPT_ELEMENTS and any(ctx.needs_input_grad)
-        kept: list[Tensor] = []
-        for chunk in _pieces(rows, vocab, CHUNK_ELEMENTS):
-            logits = xc[chunk] @ wc.T
-            _to_gradient(logits, targets[chunk], nll[chunk], keep)
-            if keep:
-                kept.append(logits)
-        ctx.save_for_backward(x, weight, targets, xc, wc, *kept)
-        return nll
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dnll: Tensor):
-        x, weight, targets, xc, wc, *kept = ctx.saved_tensors
-        rows, vocab = x.shape[0], weight.shape[0]
-        scale = dnll.to(xc.dtype).unsqueeze(1)
-        dx = torch.empty_like(xc)
-        dweight = torch.zeros_like(weight)
-        for index, chunk in enumerate(_pieces(rows, vocab, CHUNK_ELEMENTS)):
-            if kept:
-                grad = kept[index] * scale[chunk]
-            else:
-                grad = xc[chunk] @ wc.T
-                _to_gradient(grad, targets[chunk], torch.empty_like(dnll[chunk]), keep=True)
-                grad *= scale[chunk]
-            torch.mm(grad, wc, out=dx[chunk])
-            dweight += grad.T @ xc[chunk]
-        return dx.to(x.dtype), dweight, None, None
+def _kept_tokens(targets: Tensor, ignore_index: int, *tensors: Tensor) -> list[Tensor]:
+    """Positions of the tokens that count; targets and `tensors` at them, which are themselves if all count."""
+    index = (targets != ignore_index).nonzero().squeeze(1)
+    if index.numel() == targets.numel():
+        return [index, targets, *tensors]
+    return [index, *(t.index_select(0, index) for t in (targets, *tensors))]
 
 
-def _to_gradient(logits: Tensor, targets: Tensor, nll: Tensor, keep: bool) -> None:
-    """Writes nll [rows] fp32; turns logits [rows, V] in place into nll's gradient by them if `keep`, else leaves them.
-
-    That is the probabilities, less 1 at the target: subtracted before rounding, since a confident target's p - 1 is far
-    smaller than p's rounding.
-    """
-    pieces = _pieces(logits.shape[0], logits.shape[1], PIECE_ELEMENTS)
-    wide, log_p = logits.new_empty(2, pieces[0].stop, logits.shape[1], dtype=nll.dtype)
-    for piece in pieces:
-        rows = piece.stop - piece.start
-        torch.log_softmax(wide[:rows].copy_(logits[piece]), -1, out=log_p[:rows])
-        target = targets[piece].unsqueeze(1)
-        at_target = log_p[:rows].gather(1, target)
-        nll[piece] = -at_target.squeeze(1)
-        if keep:
-            logits[piece] = log_p[:rows].exp_().scatter_(1, target, at_target.expm1_())
+def _at_target(log_p: Tensor, lse: Tensor, vocab: int, label_smoothing: float, z_loss: float) -> Tensor:
+    """The gradient by the target's logit. Where the target is likely, p - 1 is far smaller than p's rounding: it is
+    not made from p."""
+    p = log_p.exp()
+    beyond = p - (1 - label_smoothing) if label_smoothing else log_p.expm1()
+    return beyond + 2 * z_loss * lse * p - label_smoothing / vocab
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
-    """Per-token negative log-likelihood in nats of a linear head, without materialising its logits.
+def _torch_fwd(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, z_loss: float,
+    dtype: torch.dtype, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    tokens, vocab = x.shape[0], weight.shape[0]
+    index, targets, x = _kept_tokens(targets, ignore_index, x)
+    x, weight = x.to(dtype), weight.to(dtype)
+    rows = x.shape[0]
+    loss, lse = (x.new_empty(rows, 1, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(2))
+    kept = x.new_empty(tokens if keep else 0, vocab)
+    kept[rows:] = 0
+    for chunk in _pieces(rows, vocab, CHUNK_ELEMENTS):
+        logits = torch.mm(x[chunk], weight.T, out=kept[chunk]) if keep else torch.mm(x[chunk], weight.T)
+        for piece in _pieces(logits.shape[0], vocab, PIECE_ELEMENTS):
+            where = slice(chunk.start + piece.start, chunk.start + piece.stop)
+            _torch_piece(
+                logits[piece], targets[where].unsqueeze(1), loss[where], lse[where], label_smoothing, z_loss, keep
+            )
+    if rows == tokens:
+        return loss.view(rows), lse.view(rows), kept
+    zeros = loss.new_zeros(tokens)
+    return zeros.index_copy(0, index, loss.view(rows)), zeros.index_copy(0, index, lse.view(rows)), kept
 
-    x [T, D] and weight [V, D] float, targets [T] int64 in [0, V) or `ignore_index` -> [T] fp32, 0 where ignored.
-    Differentiable in x and weight. Ignored tokens cost nothing. Raises TypeError, ValueError on other shapes or dtypes.
+
+def _torch_piece(
+    logits: Tensor, targets: Tensor, loss: Tensor, lse: Tensor, label_smoothing: float, z_loss: float, keep: bool
+) -> None:
+    """logits [rows, V], targets [rows, 1]: writes loss and lse [rows, 1], and over the logits their gradient if `keep`,
+    nothing of use otherwise."""
+    vocab = logits.shape[1]
+    exps = logits.to(lse.dtype)
+    largest = exps.amax(1, keepdim=True)
+    exps.sub_(largest)
+    at_target = exps.gather(1, targets)
+    mean = exps.mean(1, keepdim=True) if label_smoothing else 0.0
+    total = exps.exp_().sum(1, keepdim=True)
+    log_total = total.log()
+    log_p = at_target - log_total
+    torch.add(largest, log_total, out=lse)
+    loss.copy_((label_smoothing - 1) * log_p + label_smoothing * (log_total - mean) + z_loss * lse.square())
+    if keep:
+        exps.mul_((1 + 2 * z_loss * lse) / total)
+        if label_smoothing:
+            exps.sub_(label_smoothing / vocab)
+        exps.scatter_(1, targets, _at_target(log_p, lse, vocab, label_smoothing, z_loss))
+        if exps.dtype != logits.dtype:
+            logits.copy_(exps)
+
+
+def _torch_gradient(
+    logits: Tensor, targets: Tensor, lse: Tensor, dloss: Tensor, start: int, vocab: int, ignore_index: int,
+    label_smoothing: float, z_loss: float,
+) -> None:  # fmt: skip
+    """`_triton_gradient` without ignored tokens."""
+    for piece in _pieces(logits.shape[0], logits.shape[1], PIECE_ELEMENTS):
+        grad = logits[piece].to(lse.dtype)
+        lses, scale = lse[piece].unsqueeze(1), dloss[piece].unsqueeze(1)
+        columns = targets[piece] - start
+        inside = ((columns >= 0) & (columns < logits.shape[1])).nonzero().squeeze(1)
+        columns = columns[inside]
+        grad.sub_(lses)
+        at_target = _at_target(grad[inside, columns], lses[inside, 0], vocab, label_smoothing, z_loss)
+        grad.exp_().mul_((1 + 2 * z_loss * lses) * scale)
+        if label_smoothing:
+            grad.sub_(scale * (label_smoothing / vocab))
+        grad[inside, columns] = at_target * scale[inside, 0]
+        if grad.dtype != logits.dtype:
+            logits[piece] = grad
+
+
+def _torch_bwd(
+    dloss: Tensor, x: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, kept: Tensor, ignore_index: int,
+    label_smoothing: float, z_loss: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    tokens = x.shape[0]
+    index, targets, x, lse, dloss = _kept_tokens(targets, ignore_index, x, lse, dloss)
+    if kept.shape[0]:
+        grad = kept[: x.shape[0]]
+        scale = dloss.to(grad.dtype).unsqueeze(1)
+        dx = torch.mm(grad, weight.to(grad.dtype)).mul_(scale)
+        dweight = torch.mm(grad.T, x.to(grad.dtype) * scale)
+    else:
+        dx, dweight = _chunked_bwd(dloss, x, weight, targets, lse, ignore_index, label_smoothing, z_loss, kept.dtype)
+    dx = dx.to(x.dtype)
+    if x.shape[0] != tokens:
+        dx = dx.new_zeros(tokens, x.shape[1]).index_copy_(0, index, dx)
+    return dx, dweight.to(weight.dtype)
+
+
+# --- registration -----------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op(add_op_namespace_prefix("linear_cross_entropy"), mutates_args=())
+def _linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, z_loss: float,
+    dtype: torch.dtype, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """x [T, D], weight [V, D], targets [T] -> loss, lse [T], and if `keep` (the PyTorch path's alone) the gradients by
+    the logits of tokens that count, then zeros [T, V] in the compute dtype `dtype`; else [0, V]."""
+    forward = _triton_fwd if _launch.use_triton(x) else _torch_fwd
+    return forward(x, weight, targets, ignore_index, label_smoothing, z_loss, dtype, keep)
+
+
+@torch.library.custom_op(add_op_namespace_prefix("linear_cross_entropy_backward"), mutates_args=())
+def _linear_cross_entropy_backward(
+    dloss: Tensor, x: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, kept: Tensor, ignore_index: int,
+    label_smoothing: float, z_loss: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dloss [T] and the forward's inputs and outputs -> dx [T, D], dweight [V, D]."""
+    if not _launch.use_triton(x):
+        return _torch_bwd(dloss, x, weight, targets, lse, kept, ignore_index, label_smoothing, z_loss)
+    dx, dweight = _chunked_bwd(dloss, x, weight, targets, lse, ignore_index, label_smoothing, z_loss, kept.dtype)
+    return dx.to(x.dtype), dweight
+
+
+@_linear_cross_entropy.register_fake
+def _(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, z_loss: float,
+    dtype: torch.dtype, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    tokens = x.shape[0]
+    loss, lse = (x.new_empty(tokens, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(2))
+    return loss, lse, x.new_empty(tokens if keep else 0, weight.shape[0], dtype=dtype)
+
+
+@_linear_cross_entropy_backward.register_fake
+def _(
+    dloss: Tensor, x: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, kept: Tensor, ignore_index: int,
+    label_smoothing: float, z_loss: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _setup(ctx, inputs, output) -> None:
+    x, weight, targets, *settings, _, _ = inputs
+    _, lse, kept = output
+    ctx.mark_non_differentiable(lse, kept)
+    ctx.set_materialize_grads(False)  # else zeros of kept's size would come back for it
+    ctx.save_for_backward(x, weight, targets, lse, kept)
+    ctx.settings = settings
+
+
+def _backward(ctx, dloss, dlse, dkept):
+    if dloss is None:  # nothing came back
+        return (None,) * 8
+    return *_linear_cross_entropy_backward(dloss, *ctx.saved_tensors, *ctx.settings), *[None] * 6
+
+
+_linear_cross_entropy.register_autograd(_backward, setup_context=_setup)
+
+
+# --- public op --------------------------------------------------------------------------------------------------------
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100, label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Per-token loss in nats of a linear head, without materialising its logits.
+
+    x [T, D] and weight [V, D] float, targets [T] int64 in [0, V) or `ignore_index` -> [T] fp32, 0 where ignored. Label
+    smoothing is torch.nn.functional.cross_entropy's; `z_loss` weighs the square of the logits' logsumexp.
+    Differentiable in x and weight. Raises TypeError, ValueError on other shapes, dtypes or settings; a target outside
+    the vocabulary raises RuntimeError on the PyTorch path and gives NaN on the Triton path.
     """
     check_float("x", x)
+    check_float("weight", weight)
     check_shape("weight", weight, (None, None))
     check_shape("x", x, (None, weight.shape[1]))
     check_shape("targets", targets, (x.shape[0],))
     if targets.dtype != torch.int64:
         raise TypeError(f"targets: got {targets.dtype}, allowed is torch.int64")
-    kept = (targets != ignore_index).nonzero().squeeze(1)
-    if kept.numel() == targets.numel():
-        return _LinearCrossEntropy.apply(x, weight, targets, compute_dtype(x))
-    nll = _LinearCrossEntropy.apply(x.index_select(0, kept), weight, targets[kept], compute_dtype(x))
-    return nll.new_zeros(targets.shape).index_copy(0, kept, nll)
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, allowed is a first dimension of 1 or more")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing: got {label_smoothing}, allowed is 0 to 1")
+    if not z_loss >= 0.0:
+        raise ValueError(f"z_loss: got {z_loss}, allowed is 0 or more")
+    wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    keep = wanted and not _launch.use_triton(x) and x.shape[0] * weight.shape[0] <= KEPT_ELEMENTS
+    loss, _, _ = _linear_cross_entropy(
+        x, weight, targets, ignore_index, label_smoothing, z_loss, compute_dtype(x), keep
+    )
+    return loss

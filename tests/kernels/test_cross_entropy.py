@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import importlib
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from minids_kernels import linear_cross_entropy, linear_cross_entropy_reference
+from minids_kernels import _launch, linear_cross_entropy, linear_cross_entropy_reference
+from minids_kernels._ops import ops
 from torch import Tensor
+from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.ops.cross_entropy import eager, peak_bytes
+from benchmarks.ops.cross_entropy import inputs as mean_inputs
+from benchmarks.ops.cross_entropy import ours as mean_loss
+from benchmarks.protocol import calls
 from tests.kernels.numerics import MODES, assert_near, check, error_bound, run
 
 room = importlib.import_module("minids_kernels.cross_entropy")
 SHAPES = [(0, 5, 7), (1, 1, 2), (3, 8, 1), (13, 17, 31), (64, 33, 257)]  # T, D, V
+ODD_VOCABULARIES = [7, 129, 6400]
 
 
 def inputs(tokens: int, width: int, vocab: int, ignored: float = 0.0) -> tuple[list[Tensor], Tensor]:
@@ -26,132 +35,269 @@ def inputs(tokens: int, width: int, vocab: int, ignored: float = 0.0) -> tuple[l
     return [torch.randn(tokens, width), torch.randn(vocab, width) / math.sqrt(width)], targets
 
 
-def exact(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(x @ weight.T, targets, reduction="none")
+def exact(x: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
+    logits = x @ weight.T
+    loss = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+    return loss + z_loss * torch.where(targets == -100, 0.0, logits.logsumexp(-1).square())
 
 
-@pytest.fixture(params=["kept", "computed again"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways of the backward."""
-    if request.param == "computed again":
-        monkeypatch.setattr(room, "KEPT_ELEMENTS", 0)
-
-
-@pytest.mark.usefixtures("way")
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("ignored", [0.0, 0.4, 1.0])
-def test_agrees_with_torch(shape: tuple[int, int, int], ignored: float, mode: str) -> None:
-    tokens, width, vocab = shape
-    tensors, targets = inputs(*shape, ignored)
-    # a logit's rounding moves a loss by itself, however small the loss: more roundings than operations
+def compare(
+    tensors: list[Tensor], targets: Tensor, mode: str, device: torch.device, roundings: int = 8, **options: Any
+) -> None:
+    """A logit's rounding moves a loss by itself, however small the loss: more roundings than operations. Sums run over
+    the width, the vocabulary and the tokens."""
+    (tokens, width), vocab = tensors[0].shape, tensors[1].shape[0]
     check(
-        lambda x, w: linear_cross_entropy(x, w, targets), lambda x, w: exact(x, w, targets), tensors, mode,
-        roundings=8, length=width + vocab + tokens,
+        lambda x, w: linear_cross_entropy(x, w, targets.to(x.device), **options),
+        lambda x, w: exact(x, w, targets.to(x.device), **options),
+        tensors, mode, roundings, length=width + vocab + tokens, device=device,
     )  # fmt: skip
 
 
+@pytest.fixture(params=["kept", "computed again", "triton"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Both ways of the PyTorch path's backward, and Triton's: the device that their tensors lie on."""
+    monkeypatch.setattr(_launch, "BACKEND", "triton" if request.param == "triton" else "torch")
+    if request.param == "computed again":
+        monkeypatch.setattr(room, "KEPT_ELEMENTS", 0)
+    return torch.device("cuda" if request.param == "triton" and torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_reference_agrees_with_torch(shape: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("ignored", [0.0, 0.4, 1.0])
+def test_agrees_with_torch(shape: tuple[int, int, int], ignored: float, mode: str, way: torch.device) -> None:
+    tensors, targets = inputs(*shape, ignored)
+    compare(tensors, targets, mode, way)
+
+
+@pytest.mark.parametrize("mode", ["fp32", "fp16"])
+@pytest.mark.parametrize("vocab", ODD_VOCABULARIES)
+@pytest.mark.parametrize(("label_smoothing", "z_loss"), [(0.1, 0.0), (0.0, 0.01), (0.3, 0.001), (1.0, 0.0)])
+def test_label_smoothing_and_z_loss(
+    label_smoothing: float, z_loss: float, vocab: int, mode: str, way: torch.device
+) -> None:
+    tensors, targets = inputs(9, 24, vocab, 0.3)
+    compare(tensors, targets, mode, way, label_smoothing=label_smoothing, z_loss=z_loss)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2, "z_loss": 0.01}], ids=["plain", "both"])
+def test_reference_agrees_with_torch(shape: tuple[int, int, int], options: dict[str, Any]) -> None:
     (x, weight), targets = inputs(*shape, 0.4)
-    got = linear_cross_entropy_reference(x, weight, targets)
-    assert_near(got, exact(x.double(), weight.double(), targets), error_bound(torch.float32, 8, sum(shape)))
+    got = linear_cross_entropy_reference(x, weight, targets, **options)
+    want = exact(x.double(), weight.double(), targets, **options)
+    assert_near(got, want, error_bound(torch.float32, 8, sum(shape)))
 
 
-def test_everything_ignored_is_exactly_nothing() -> None:
-    (x, weight), _ = inputs(9, 5, 11)
-    x[4] = torch.nan  # what is ignored is not looked at either
-    out, (dx, dweight) = run(lambda x, w: linear_cross_entropy(x, w, torch.full((9,), -100)), [x, weight])
+def test_everything_ignored_is_exactly_nothing(way: torch.device) -> None:
+    x, weight = (t.to(way) for t in inputs(9, 5, 11)[0])
+    targets = torch.full((9,), -100, device=way)
+    out, (dx, dweight) = run(lambda x, w: linear_cross_entropy(x, w, targets, -100, 0.1, 0.1), [x, weight])
     assert out.count_nonzero() == dx.count_nonzero() == dweight.count_nonzero() == 0
 
 
-def test_another_ignore_index() -> None:
+def test_ignored_tokens_are_not_looked_at(backend: str, device: torch.device) -> None:
+    """Not even a NaN in them is; Triton, which multiplies them by 0 rather than leave them out, passes it on to the
+    weight's gradient, as torch does."""
+    (x, weight), targets = inputs(9, 5, 11)
+    x[4] = torch.nan
+    targets[4] = -100
+    x, weight, targets = x.to(device), weight.to(device), targets.to(device)
+    out, (dx, dweight) = run(lambda x, w: linear_cross_entropy(x, w, targets), [x, weight])
+    assert out.isfinite().all() and dx.isfinite().all()
+    assert backend == "triton" or dweight.isfinite().all()
+
+
+def test_another_ignore_index(way: torch.device) -> None:
     (x, weight), targets = inputs(20, 5, 4)
     ignore = 2
-    got = linear_cross_entropy(x, weight, targets, ignore_index=ignore)
+    got = linear_cross_entropy(x.to(way), weight.to(way), targets.to(way), ignore_index=ignore).cpu()
     assert got[targets == ignore].count_nonzero() == 0
     torch.testing.assert_close(got[targets != ignore], exact(x, weight, targets)[targets != ignore])
 
 
-@pytest.mark.usefixtures("way")
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    tokens=st.integers(1, 12), vocab=st.integers(2, 9), piece=st.integers(1, 40), chunk=st.integers(1, 80),
-    ignored=st.sampled_from([0.0, 0.5]), seed=st.integers(0, 2**16),
+    tokens=st.integers(1, 8), vocab=st.sampled_from([2, 9, 127, 128, 129, 256, 300]), piece=st.integers(1, 400),
+    chunk=st.integers(1, 800), columns=st.sampled_from([1, 130, 300]), ignored=st.sampled_from([0.0, 0.5]),
+    label_smoothing=st.sampled_from([0.0, 0.1]), seed=st.integers(0, 2**16),
 )  # fmt: skip
 def test_where_chunks_end_does_not_matter(
-    tokens: int, vocab: int, piece: int, chunk: int, ignored: float, seed: int
-) -> None:
-    """Chunks and pieces of fewer elements than one row, exactly as many, one more."""
+    way: torch.device, tokens: int, vocab: int, piece: int, chunk: int, columns: int, ignored: float,
+    label_smoothing: float, seed: int,
+) -> None:  # fmt: skip
+    """Chunks and pieces of fewer elements than one row, exactly as many, one more; one chunk of the vocabulary, exactly
+    two, and a last one of one column."""
     torch.manual_seed(seed)
     tensors, targets = inputs(tokens, 6, vocab, ignored)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(room, "PIECE_ELEMENTS", piece)
         patch.setattr(room, "CHUNK_ELEMENTS", chunk)
-        check(
-            lambda x, w: linear_cross_entropy(x, w, targets), lambda x, w: exact(x, w, targets), tensors, "fp32",
-            roundings=16, length=40,
-        )  # fmt: skip
+        patch.setattr(room, "MIN_COLUMNS", columns)
+        compare(tensors, targets, "fp32", way, roundings=16, label_smoothing=label_smoothing)
 
 
 @pytest.mark.parametrize("mode", ["fp32", "bf16", "autocast"])
 def test_large_vocabulary(mode: str) -> None:
     """Several real pieces; V3's own vocabulary."""
     tensors, targets = inputs(9, 16, 129280)
-    check(
-        lambda x, w: linear_cross_entropy(x, w, targets), lambda x, w: exact(x, w, targets), tensors, mode,
-        roundings=8, length=129280,
-    )  # fmt: skip
+    compare(tensors, targets, mode, torch.device("cpu"))
 
 
-@pytest.mark.usefixtures("way")
+def test_large_vocabulary_in_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen chunks, over which each token's statistics and dx are summed up."""
+    monkeypatch.setattr(_launch, "BACKEND", "triton")
+    monkeypatch.setattr(room, "MIN_COLUMNS", 8192)
+    tensors, targets = inputs(2, 16, 129280)
+    compare(tensors, targets, "fp32", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@pytest.mark.parametrize(("x", "weight"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_weight_of_another_dtype(x: torch.dtype, weight: torch.dtype, way: torch.device) -> None:
+    """Products are in x's dtype; gradients come in each tensor's own."""
+    (a, w), targets = inputs(17, 40, 33)
+    a, w, targets = a.to(way, x), w.to(way, weight), targets.to(way)
+    dout = torch.randn(17, device=way)
+    out, (da, dw) = run(lambda a, w: linear_cross_entropy(a, w, targets), [a, w], dout)
+    want, (da64, dw64) = run(lambda a, w: exact(a, w, targets), [a.double(), w.double()], dout.double())
+    assert out.dtype == torch.float32 and da.dtype == x and dw.dtype == weight
+    for got, expected in ((out, want), (da, da64), (dw, dw64)):
+        assert_near(got, expected, error_bound(torch.bfloat16, 8, 40 + 33 + 17))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_huge_logits_do_not_overflow(dtype: torch.dtype) -> None:
+def test_huge_logits_do_not_overflow(dtype: torch.dtype, way: torch.device) -> None:
     """Logits of +-30000: the right target costs nothing, a wrong one the difference; gradients are one-hot."""
-    weight = torch.tensor([[1.0], [-1.0], [0.5]], dtype=dtype)
-    x = torch.full((2, 1), 30000.0, dtype=dtype)
-    out, (dx, dweight) = run(lambda x, w: linear_cross_entropy(x, w, torch.tensor([0, 1])), [x, weight])
+    weight = torch.tensor([[1.0], [-1.0], [0.5]], dtype=dtype, device=way)
+    x = torch.full((2, 1), 30000.0, dtype=dtype, device=way)
+    targets = torch.tensor([0, 1], device=way)
+    out, (dx, dweight) = run(lambda x, w: linear_cross_entropy(x, w, targets), [x, weight])
     height = x[0, 0].item()
     assert out.tolist() == [0.0, 2 * height]
     assert dx.flatten().tolist() == [0.0, 2.0]  # (p - one-hot) @ weight = 1 * 1 - 1 * -1
     assert dweight.flatten().tolist() == [height, -height, 0.0]
 
 
-@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_confident_targets_keep_their_gradient(dtype: torch.dtype) -> None:
+def test_confident_targets_keep_their_gradient(dtype: torch.dtype, way: torch.device) -> None:
     """At p = 0.999 the gradient p - 1 is smaller than p's rounding to bf16, but must not be lost.
 
     What remains is fp32's rounding of a logit of 10 against 1 - p = 7e-4: 10 * eps / 7e-4 = 2e-3.
     """
-    weight = torch.eye(16, dtype=dtype)
-    x = torch.zeros(4, 16, dtype=dtype)
-    x[torch.arange(4), torch.arange(4)] = torch.tensor([2.0, 6.0, 8.0, 10.0], dtype=dtype)  # logits are exact
-    targets = torch.arange(4)
+    weight = torch.eye(16, dtype=dtype, device=way)
+    x = torch.zeros(4, 16, dtype=dtype, device=way)
+    targets = torch.arange(4, device=way)
+    x[targets, targets] = torch.tensor([2.0, 6.0, 8.0, 10.0], dtype=dtype, device=way)  # logits are exact
     _, (dx, _) = run(lambda x, w: linear_cross_entropy(x, w, targets), [x, weight])
     _, (want, _) = run(lambda x, w: exact(x, w, targets), [x.double(), weight.double()])
     for got, expected in zip(dx, want, strict=True):
         assert_near(got, expected, error_bound(dtype, 3, 16) + 2e-3)
 
 
+def test_nan_stays_visible(way: torch.device) -> None:
+    (x, weight), targets = inputs(4, 5, 300)
+    x[1] = torch.nan
+    out = linear_cross_entropy(x.to(way), weight.to(way), targets.to(way))
+    assert out.isnan().tolist() == [False, True, False, False]
+
+
 @pytest.mark.parametrize("target", [5, -1, 10**6])
-def test_target_outside_the_vocabulary(target: int) -> None:
+def test_target_outside_the_vocabulary(target: int, backend: str, device: torch.device) -> None:
+    """PyTorch refuses it; Triton, which must not wait to look, gives NaN for this token and no other."""
+    x, weight = torch.zeros(2, 3, device=device), torch.zeros(5, 3, device=device)
+    targets = torch.tensor([0, target], device=device)
+    if backend == "triton":
+        assert linear_cross_entropy(x, weight, targets).isnan().tolist() == [False, True]
+        return
     with pytest.raises((IndexError, RuntimeError), match=r"out of bounds|out of range"):
-        linear_cross_entropy(torch.zeros(2, 3), torch.zeros(5, 3), torch.tensor([0, target]))
+        linear_cross_entropy(x, weight, targets)
+
+
+# --- memory, waiting, registration ------------------------------------------------------------------------------------
+
+
+def test_peak_memory_beside_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the size of a small model's step: at most 60 % of what F.cross_entropy of the logits takes."""
+    monkeypatch.setattr(_launch, "BACKEND", "torch")
+    given_inputs = mean_inputs(2048, 6400, 64, torch.float32, torch.device("cpu"), "fwd+bwd")
+    mine, theirs = (peak_bytes(calls(fn, "fwd+bwd")(given_inputs)) for fn in (mean_loss, eager))
+    assert theirs > 2 * 2048 * 6400 * 4, "the measurement sees logits and their gradient"
+    assert mine <= 0.6 * theirs
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["with gradients", "without"])
+def test_large_problems_never_hold_the_logits(grad: bool, way: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the weight's gradient: a chunk of logits, and x's gradient, once as a sum and once as it is returned."""
+    if way.type == "cuda":
+        pytest.skip("the profiler's record is of the CPU's memory")
+    tokens, vocab, width = 8, 16_384, 32
+    monkeypatch.setattr(room, "KEPT_ELEMENTS", 0)
+    monkeypatch.setattr(room, "CHUNK_ELEMENTS", tokens * room.MIN_COLUMNS)
+    given_inputs = mean_inputs(tokens, vocab, width, torch.float32, way, "fwd+bwd")
+    peak = peak_bytes(calls(mean_loss, "fwd+bwd" if grad else "fwd")(given_inputs))
+    chunk = max(tokens * room.MIN_COLUMNS, vocab) * 4
+    assert peak <= grad * vocab * width * 4 + 2 * chunk + 4 * tokens * width * 4
+    assert peak - grad * vocab * width * 4 < tokens * vocab * 4 / 3, "logits"
+
+
+class Recorder(TorchDispatchMode):
+    """Names of all operators called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_triton_path_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No operator whose result's size or value the host must know, with ignored tokens or without."""
+    monkeypatch.setattr(_launch, "BACKEND", "triton")
+    monkeypatch.setattr(_launch, "launch", lambda *args, **kwargs: None)
+    (x, weight), targets = inputs(9, 5, 3000, 0.5)
+    with Recorder() as seen:
+        loss, lse, _ = room._triton_fwd(x, weight, targets, -100, 0.1, 0.1, x.dtype, False)
+        room._chunked_bwd(torch.ones_like(loss), x, weight, targets, lse, -100, 0.1, 0.1, x.dtype)
+    assert "mm" in seen.names
+    assert not seen.names & {"_local_scalar_dense", "nonzero", "index", "masked_select", "_to_copy", "item", "equal"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("keep", [True, False])
+def test_registration(dtype: torch.dtype, keep: bool, backend: str, device: torch.device) -> None:
+    keep &= backend == "torch"
+    (x, weight), targets = inputs(6, 5, 9, 0.4)
+    x, weight = (t.to(device, dtype).requires_grad_() for t in (x, weight))
+    arguments = (x, weight, targets.to(device))
+    options = (-100, 0.1, 0.01)
+    opcheck(ops.linear_cross_entropy.default, (*arguments, *options, dtype, keep))
+    with torch.no_grad():
+        loss, lse, kept = ops.linear_cross_entropy(*arguments, *options, dtype, keep)
+    assert loss.dtype == lse.dtype == torch.float32 and kept.shape == (6 * keep, 9) and kept.dtype == dtype
+    detached = [t.detach() for t in arguments]
+    opcheck(ops.linear_cross_entropy_backward.default, (torch.randn_like(loss), *detached, lse, kept, *options))
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         ({"x": torch.zeros(2, 3).long()}, TypeError, "x: got torch.int64"),
+        ({"weight": torch.zeros(5, 3).long()}, TypeError, "weight: got torch.int64"),
         ({"x": torch.zeros(2, 4)}, ValueError, r"x: got shape \(2, 4\), allowed is \(any, 3\)"),
         ({"x": torch.zeros(1, 2, 3)}, ValueError, r"x: got shape \(1, 2, 3\)"),
         ({"weight": torch.zeros(3)}, ValueError, r"weight: got shape \(3,\), allowed is \(any, any\)"),
+        ({"weight": torch.zeros(0, 3)}, ValueError, r"weight: got shape \(0, 3\), allowed is a first dimension of 1"),
         ({"targets": torch.zeros(3).long()}, ValueError, r"targets: got shape \(3,\), allowed is \(2\)"),
         ({"targets": torch.zeros(2).int()}, TypeError, "targets: got torch.int32, allowed is torch.int64"),
+        ({"label_smoothing": 1.5}, ValueError, "label_smoothing: got 1.5, allowed is 0 to 1"),
+        ({"label_smoothing": math.nan}, ValueError, "label_smoothing: got nan, allowed is 0 to 1"),
+        ({"z_loss": -1.0}, ValueError, "z_loss: got -1.0, allowed is 0 or more"),
     ],
 )
-def test_bad_input(change: dict[str, Tensor], error: type[Exception], message: str) -> None:
+def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:
     good = dict(x=torch.zeros(2, 3), weight=torch.zeros(5, 3), targets=torch.zeros(2).long())
     with pytest.raises(error, match=message):
         linear_cross_entropy(**{**good, **change})

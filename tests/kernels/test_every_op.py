@@ -33,6 +33,10 @@ def _cross_entropy(x: Tensor, weight: Tensor) -> Tensor:
     return kernels.linear_cross_entropy(x, weight, TARGETS)
 
 
+def _smoothed_cross_entropy(x: Tensor, weight: Tensor) -> Tensor:
+    return kernels.linear_cross_entropy(x, weight, TARGETS, label_smoothing=0.2, z_loss=0.1)
+
+
 def _attention_inputs() -> list[Tensor]:
     return [torch.randn(TOKENS, 2, 6), torch.randn(TOKENS, 2, 6), torch.randn(TOKENS, 2, 4)]
 
@@ -51,6 +55,8 @@ CASES: dict[str, tuple[Op, Inputs]] = {
     "rope": (lambda x: kernels.rope(x, ANGLE.cos(), ANGLE.sin()), lambda: [torch.randn(TOKENS, 3, 6)]),
     "cross-entropy": (_cross_entropy, _cross_entropy_inputs),
     "cross-entropy, computed again": (_cross_entropy, _cross_entropy_inputs),
+    "smoothed cross-entropy": (_smoothed_cross_entropy, _cross_entropy_inputs),
+    "smoothed cross-entropy, computed again": (_smoothed_cross_entropy, _cross_entropy_inputs),
     "attention": (_attention, _attention_inputs),
     "attention, computed again": (_attention, _attention_inputs),
     "attention, both ways": (
@@ -77,7 +83,15 @@ CASES: dict[str, tuple[Op, Inputs]] = {
 
 
 # those that have Triton kernels
-TRITON = {"experts", "grouped product", "rms_norm", "rms_norm with a residual", "swiglu"}
+TRITON = {
+    "cross-entropy",
+    "smoothed cross-entropy",
+    "experts",
+    "grouped product",
+    "rms_norm",
+    "rms_norm with a residual",
+    "swiglu",
+}
 
 
 @pytest.fixture(params=[*CASES, *(f"{name}, triton" for name in CASES if name in TRITON)])
