@@ -2,6 +2,7 @@
 
 from . import layers
 from .cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from .fp8_gemm import fp8_gemm, fp8_gemm_reference, fp8_gemm_wgrad, fp8_gemm_wgrad_reference
 from .fp8_quant import (
     dequantize_blocks,
     dequantize_tiles,
@@ -15,7 +16,6 @@ from .fp8_quant import (
     quantize_tiles_transposed_reference,
 )
 from .grouped_gemm import grouped_gemm, grouped_gemm_reference
-from .fp8_gemm import fp8_gemm, fp8_gemm_reference, fp8_gemm_wgrad, fp8_gemm_wgrad_reference
 from .mla_attention import mla_attention, mla_attention_reference
 from .mla_decode import mla_decode, mla_decode_reference
 from .moe import moe_experts, moe_experts_reference, moe_gate
@@ -24,15 +24,15 @@ from .rope import rope, rope_reference
 from .swiglu import swiglu, swiglu_reference
 
 __all__ = [
+    "dequantize_blocks",
+    "dequantize_tiles",
     "fp8_gemm",
     "fp8_gemm_reference",
     "fp8_gemm_wgrad",
     "fp8_gemm_wgrad_reference",
-    "dequantize_blocks",
-    "dequantize_tiles",
-    "layers",
     "grouped_gemm",
     "grouped_gemm_reference",
+    "layers",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
     "mla_attention",

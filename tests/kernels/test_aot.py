@@ -25,10 +25,16 @@ ANY_TENSOR_CORE = {"HMMA", "HGMMA", "QMMA", "QGMMA", "UTCQMMA", "UTCHMMA"}
 
 # kernel -> operand type of its products; kernels that are not named have none
 PRODUCTS: dict[str, str] = {
+    "_fp8_gemm_kernel": "fp8",
+    "_fp8_gemm_tma_kernel": "fp8",
+    "_fp8_gemm_persistent_kernel": "fp8",
     "_grouped_gemm_kernel": "bf16",
     "_grouped_gemm_small_kernel": "bf16",
     "_grouped_outer_kernel": "bf16",
 }
+
+# kernels that fetch by bulk tensor copies; older chips, which have none, get others
+TMA = {"_fp8_gemm_tma_kernel", "_fp8_gemm_persistent_kernel"}
 
 
 @functools.cache
@@ -57,6 +63,7 @@ def check(result: Compiled) -> None:
     found = ANY_TENSOR_CORE & set(result.instructions)
     product = PRODUCTS.get(result.kernel)
     assert found == (set() if product is None else {TENSOR_CORE[product][result.arch]}), what
+    assert (result.kernel in TMA) == ("UTMALDG" in result.instructions), what
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -1,0 +1,407 @@
+"""Matrix products of fp8 (e4m3) codes with blockwise scales, value = code * scale (DeepSeek-V3 report, arXiv
+2412.19437, section 3.3): forward and data gradient multiply activations with 1x128 scales and weights with 128x128
+scales, the weight gradient two operands with 1x128 scales.
+
+    out[m, n] = sum over groups g of 128 k: a_scale[m, g] * b_scale[n / 128, g] * sum over k in g of a[m, k] * b[n, k]
+
+Tensor cores sum a group (on Hopper with some 14 bits of mantissa), fp32 registers sum the groups. Any M, N, K from 1 (M
+and N from 0), a K tail under 128, any strides. out in bf16, fp16 or fp32.
+
+One program computes one tile of x @ y.T. Few rows of a are made the y side, so that the weights fill the 64 rows of a
+Hopper instruction. Tiles are fetched by tensor descriptors (TMA) from sm_90 on, by pointers before; codes whose rows do
+not lie at multiples of 16 bytes are copied first. On Hopper a tile's products and its fp32 sums take turns. Two ways
+let them overlap, and the launch table says which: PERSISTENT programs with specialised warps (two groups of consumers
+alternate), or tiles small enough for several on a multiprocessor. Chips without e4m3 instructions (sm_80, sm_86) widen
+codes to fp16 in registers, exactly.
+Test: tests/kernels/test_fp8_gemm.py. Benchmark: benchmarks/ops/fp8_gemm.py.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _launch
+from ._checks import check_shape
+from ._launch import tl, triton
+from ._ops import add_op_namespace_prefix
+
+if _launch.HAS_TRITON:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+__all__ = ["fp8_gemm", "fp8_gemm_reference", "fp8_gemm_wgrad", "fp8_gemm_wgrad_reference"]
+
+E4M3 = torch.float8_e4m3fn
+GROUP = 128  # numbers along K, and rows of a block, that share a scale
+OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _dequantize(codes: Tensor, scale: Tensor, rows: int) -> Tensor:
+    """codes [R, K] and scale [ceil(R / rows), ceil(K / 128)] -> values [R, K] fp32."""
+    scale = scale.repeat_interleave(rows, 0)[: codes.shape[0]].repeat_interleave(GROUP, 1)[:, : codes.shape[1]]
+    return codes.float() * scale
+
+
+def fp8_gemm_reference(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out_dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """Values in fp32, one product: what `fp8_gemm` computes."""
+    return (_dequantize(a, a_scale, 1) @ _dequantize(b, b_scale, GROUP).T).to(out_dtype)
+
+
+def fp8_gemm_wgrad_reference(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
+    """Values in fp32, one product: what `fp8_gemm_wgrad` computes without `out`."""
+    return _dequantize(a, a_scale, 1) @ _dequantize(b, b_scale, 1).T
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _widen(codes):
+    """uint8 bits of e4m3 -> fp16, 2^-8 of the value, NaN to NaN: exact, since the exponent's bias is 15 for 7."""
+    bits = codes.to(tl.uint16)
+    size = bits & 0x7F
+    nan = ((size + 1) & 0x80) << 7  # the code 0x7F alone carries
+    return ((bits & 0x80) << 8 | size << 7 | nan).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _load(x, start, k, rows, width, stride, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr):
+    """Codes [BLOCK, BLOCK_K] from row `start` and column `k` on, zeros outside of [rows, width]. x: a descriptor for
+    TMA, else a pointer to rows `stride` apart."""
+    if TMA:
+        return x.load([start, k])
+    else:
+        row = start + tl.arange(0, BLOCK)[:, None]
+        col = k + tl.arange(0, BLOCK_K)[None, :]
+        return tl.load(x + row.to(tl.int64) * stride + col, mask=(row < rows) & (col < width), other=0.0)
+
+
+@triton.jit
+def _scale(scale, start, k, rows, stride, k_stride, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+    """Scales of the group of column `k` for BLOCK rows from `start`: one number of 128x128 BLOCKS, else [BLOCK]."""
+    scale += k // 128 * k_stride
+    if BLOCKS:
+        return tl.load(scale + start // 128 * stride)
+    else:
+        row = start + tl.arange(0, BLOCK)
+        return tl.load(scale + row.to(tl.int64) * stride, mask=row < rows, other=0.0)
+
+
+@triton.jit
+def _scales(
+    xs, ys, p, q, k, P, Q, xs_stride, xs_k_stride, ys_stride, ys_k_stride,
+    X_BLOCKS: tl.constexpr, Y_BLOCKS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """What to multiply a product by, first [1, BLOCK_Q] (1 where nothing is left to do), then [BLOCK_P, 1]: blocks have
+    one scale for the whole tile, which is folded into the other operand's."""
+    x = _scale(xs, p, k, P, xs_stride, xs_k_stride, BLOCK_P, X_BLOCKS)
+    y = _scale(ys, q, k, Q, ys_stride, ys_k_stride, BLOCK_Q, Y_BLOCKS)
+    if X_BLOCKS:
+        return 1.0, (x * y)[None, :]
+    elif Y_BLOCKS:
+        return 1.0, (x * y)[:, None]
+    else:
+        return y[None, :], x[:, None]
+
+
+@triton.jit
+def _add_product(acc, x, y, first, then, WIDE: tl.constexpr, FOLDED: tl.constexpr):
+    """acc + (x @ y.T) * first * then: the promotion to fp32, a multiply-add a number where scales are FOLDED."""
+    if WIDE:
+        product = tl.dot(_widen(x), _widen(y).T)
+        then *= 65536.0  # 2^8 of either side
+    else:
+        product = tl.dot(x, y.T)
+    if not FOLDED:
+        product *= first
+    return tl.fma(product, then, acc)
+
+
+@triton.jit
+def _origin(tile, P, Q, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, STRIPE: tl.constexpr):
+    """First row and column of a tile. Neighbours in time share rows and columns, so that L2 serves them: STRIPE tiles
+    down, then one to the right."""
+    down, right = tl.cdiv(P, BLOCK_P), tl.cdiv(Q, BLOCK_Q)
+    first = tile // (STRIPE * right) * STRIPE
+    height = tl.minimum(down - first, STRIPE)
+    inside = tile % (STRIPE * right)
+    return (first + inside % height) * BLOCK_P, inside // height * BLOCK_Q
+
+
+@triton.jit
+def _store(out, acc, p, q, P, Q, p_stride, q_stride, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, ADD: tl.constexpr):
+    row = p + tl.arange(0, BLOCK_P)[:, None]
+    col = q + tl.arange(0, BLOCK_Q)[None, :]
+    mask = (row < P) & (col < Q)
+    out += row.to(tl.int64) * p_stride + col.to(tl.int64) * q_stride
+    if ADD:
+        acc += tl.load(out, mask=mask)
+    tl.store(out, acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _tile(
+    x, xs, y, ys, out, p, q, P, Q, K, x_stride, xs_stride, xs_k_stride, y_stride, ys_stride, ys_k_stride,
+    p_stride, q_stride,
+    X_BLOCKS: tl.constexpr, Y_BLOCKS: tl.constexpr, WIDE: tl.constexpr, ADD: tl.constexpr, TMA: tl.constexpr,
+    STAGES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of out [P, Q] = x [P, K] @ y [Q, K].T. STAGES: how many steps of codes and scales are under way."""
+    acc = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
+    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        first, then = _scales(
+            xs, ys, p, q, k, P, Q, xs_stride, xs_k_stride, ys_stride, ys_k_stride, X_BLOCKS, Y_BLOCKS, BLOCK_P, BLOCK_Q
+        )  # fmt: skip
+        left = _load(x, p, k, P, K, x_stride, BLOCK_P, BLOCK_K, TMA)
+        right = _load(y, q, k, Q, K, y_stride, BLOCK_Q, BLOCK_K, TMA)
+        acc = _add_product(acc, left, right, first, then, WIDE, X_BLOCKS or Y_BLOCKS)
+    _store(out, acc, p, q, P, Q, p_stride, q_stride, BLOCK_P, BLOCK_Q, ADD)
+
+
+@triton.jit
+def _fp8_gemm_kernel(
+    x, xs, y, ys, out, P, Q, K, x_stride, xs_stride, xs_k_stride, y_stride, ys_stride, ys_k_stride, p_stride, q_stride,
+    X_BLOCKS: tl.constexpr, Y_BLOCKS: tl.constexpr, WIDE: tl.constexpr, ADD: tl.constexpr,
+    STRIPE: tl.constexpr, STAGES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A program a tile, codes by pointers. WIDE: they come as uint8, on chips without e4m3."""
+    p, q = _origin(tl.program_id(0), P, Q, BLOCK_P, BLOCK_Q, STRIPE)
+    _tile(
+        x, xs, y, ys, out, p, q, P, Q, K, x_stride, xs_stride, xs_k_stride, y_stride, ys_stride, ys_k_stride,
+        p_stride, q_stride, X_BLOCKS, Y_BLOCKS, WIDE, ADD, False, STAGES, BLOCK_P, BLOCK_Q, BLOCK_K,
+    )  # fmt: skip
+
+
+@triton.jit
+def _fp8_gemm_tma_kernel(
+    x, xs, y, ys, out, P, Q, K, xs_stride, xs_k_stride, ys_stride, ys_k_stride, p_stride, q_stride,
+    X_BLOCKS: tl.constexpr, Y_BLOCKS: tl.constexpr, ADD: tl.constexpr,
+    STRIPE: tl.constexpr, STAGES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A program a tile, x and y descriptors of [BLOCK_P, BLOCK_K] and [BLOCK_Q, BLOCK_K] codes."""
+    p, q = _origin(tl.program_id(0), P, Q, BLOCK_P, BLOCK_Q, STRIPE)
+    _tile(
+        x, xs, y, ys, out, p, q, P, Q, K, 0, xs_stride, xs_k_stride, 0, ys_stride, ys_k_stride,
+        p_stride, q_stride, X_BLOCKS, Y_BLOCKS, False, ADD, True, STAGES, BLOCK_P, BLOCK_Q, BLOCK_K,
+    )  # fmt: skip
+
+
+@triton.jit
+def _fp8_gemm_persistent_kernel(
+    x, xs, y, ys, out, P, Q, K, x_stride, xs_stride, xs_k_stride, y_stride, ys_stride, ys_k_stride, p_stride, q_stride,
+    X_BLOCKS: tl.constexpr, Y_BLOCKS: tl.constexpr, ADD: tl.constexpr,
+    STRIPE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """As many programs as multiprocessors, each with the tiles that lie that many apart. Its warps are specialised: one group keeps
+    fetching, two multiply half a tile each, and while one of them adds up, the other has the tensor cores. The compiler
+    does not pipeline the loads of scales there, so folded ones are carried a step ahead."""
+    x_tiles = tl.make_tensor_descriptor(x, [P, K], [x_stride, 1], [BLOCK_P, BLOCK_K])
+    y_tiles = tl.make_tensor_descriptor(y, [Q, K], [y_stride, 1], [BLOCK_Q, BLOCK_K])
+    FOLDED: tl.constexpr = X_BLOCKS or Y_BLOCKS
+    tiles = tl.cdiv(P, BLOCK_P) * tl.cdiv(Q, BLOCK_Q)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), warp_specialize=True):
+        p, q = _origin(tile, P, Q, BLOCK_P, BLOCK_Q, STRIPE)
+        acc = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
+        if FOLDED:
+            _, ahead = _scales(
+                xs, ys, p, q, 0, P, Q,
+                xs_stride, xs_k_stride, ys_stride, ys_k_stride, X_BLOCKS, Y_BLOCKS, BLOCK_P, BLOCK_Q,
+            )  # fmt: skip
+        for k in tl.range(0, K, BLOCK_K):
+            first, then = _scales(
+                xs, ys, p, q, tl.minimum(k + BLOCK_K, K - 1) if FOLDED else k, P, Q,
+                xs_stride, xs_k_stride, ys_stride, ys_k_stride, X_BLOCKS, Y_BLOCKS, BLOCK_P, BLOCK_Q,
+            )  # fmt: skip
+            if FOLDED:
+                ahead, then = then, ahead
+            left = x_tiles.load([p, k])
+            right = y_tiles.load([q, k])
+            acc = _add_product(acc, left, right, first, then, False, FOLDED)
+        _store(out, acc, p, q, P, Q, p_stride, q_stride, BLOCK_P, BLOCK_Q, ADD)
+
+
+# --- launchers --------------------------------------------------------------------------------------------------------
+
+
+def _generation(x: Tensor) -> int:
+    """90 for Hopper, 80 for Ampere; 0 where the chip is not NVIDIA's."""
+    found = re.fullmatch(r"sm_(\d+)", _launch.arch(x))
+    return int(found.group(1)) if found else 0
+
+
+def _aligned(codes: Tensor) -> Tensor:
+    """codes [R, K], or a copy of them with zeros behind each row, so that rows start at multiples of 16 bytes and are
+    multiples of 16 long: what descriptors ask for, and what lets pointers fetch 16 bytes at a time."""
+    rows, width = codes.shape
+    if width % 16 == 0 and codes.data_ptr() % 16 == 0 and codes.stride(0) % 16 == 0 and codes.stride(1) == 1:
+        return codes
+    padded = torch.zeros(rows, triton.cdiv(width, 16) * 16, dtype=torch.uint8, device=codes.device)
+    padded[:, :width] = codes.view(torch.uint8)
+    return padded.view(E4M3)
+
+
+def _launch_persistent(grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+    """With memory for the descriptors that the kernel makes, from torch; the caller's own allocator stays as it is."""
+    triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+    _launch.launch(_fp8_gemm_persistent_kernel, grid, *args, **meta)
+
+
+def _triton_gemm(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out: Tensor, blocks: bool, add: bool = False
+) -> None:
+    """Writes a @ b.T into `out` [M, N], or adds it. blocks: b's scales are those of 128x128 blocks, else of tiles."""
+    if out.numel() == 0:
+        return
+    a, b = _aligned(a), _aligned(b)
+    generation = _generation(a)
+    table = "fp8_gemm" if blocks else "fp8_gemm_wgrad"
+    config = dict(_launch.config("fp8_gemm", table, _launch.arch(a), M=a.shape[0], N=b.shape[0]))
+    swap, persistent = config.pop("SWAP", False), config.pop("PERSISTENT", False)
+    x, xs, y, ys, out = (b, b_scale, a, a_scale, out.T) if swap else (a, a_scale, b, b_scale, out)
+    (rows, width), cols = x.shape, y.shape[0]
+    tiles = triton.cdiv(rows, config["BLOCK_P"]) * triton.cdiv(cols, config["BLOCK_Q"])
+    meta = {**config, "X_BLOCKS": blocks and swap, "Y_BLOCKS": blocks and not swap, "ADD": add}
+    pitch = (x.stride(0), *xs.stride(), y.stride(0), *ys.stride())
+    if persistent:
+        grid = (min(tiles, _launch.multiprocessors(a)),)
+        contextvars.copy_context().run(
+            _launch_persistent, grid, x, xs, y, ys, out, rows, cols, width, *pitch, *out.stride(), **meta
+        )
+    elif generation >= 90:
+        x, y = (
+            TensorDescriptor(t, list(t.shape), list(t.stride()), [config[block], config["BLOCK_K"]])
+            for t, block in ((x, "BLOCK_P"), (y, "BLOCK_Q"))
+        )
+        _launch.launch(
+            _fp8_gemm_tma_kernel, (tiles,),
+            x, xs, y, ys, out, rows, cols, width, *xs.stride(), *ys.stride(), *out.stride(), **meta,
+        )  # fmt: skip
+    else:
+        wide = generation < 89
+        if wide:
+            x, y = x.view(torch.uint8), y.view(torch.uint8)
+        _launch.launch(
+            _fp8_gemm_kernel, (tiles,),
+            x, xs, y, ys, out, rows, cols, width, *pitch, *out.stride(), WIDE=wide, **meta,
+        )  # fmt: skip
+
+
+# --- PyTorch path -----------------------------------------------------------------------------------------------------
+
+
+def _values(codes: Tensor, scale: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """As `_dequantize`, in one pass to convert and one to multiply."""
+    groups = scale.shape[1]
+    values = codes.new_empty(codes.shape[0], groups * GROUP, dtype=dtype)
+    values[:, : codes.shape[1]] = codes
+    values.view(-1, groups, GROUP).mul_(scale.repeat_interleave(rows, 0)[: codes.shape[0], :, None])
+    return values[:, : codes.shape[1]]
+
+
+def _multiplies_bf16(x: Tensor) -> bool:
+    return x.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _torch_gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out_dtype: torch.dtype, rows: int) -> Tensor:
+    """One product of values, in bf16 where the result is rounded to it anyway and the processor has it."""
+    dtype = torch.bfloat16 if out_dtype == torch.bfloat16 and _multiplies_bf16(a) else torch.float32
+    return (_values(a, a_scale, 1, dtype) @ _values(b, b_scale, rows, dtype).T).to(out_dtype)
+
+
+# --- registration -----------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op(add_op_namespace_prefix("fp8_gemm"), mutates_args=())
+def _fp8_gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """a [M, K] with tiles' scales, b [N, K] with blocks' -> [M, N] in out_dtype."""
+    if not _launch.use_triton(a):
+        return _torch_gemm(a, a_scale, b, b_scale, out_dtype, GROUP)
+    out = a.new_empty(a.shape[0], b.shape[0], dtype=out_dtype)
+    _triton_gemm(a, a_scale, b, b_scale, out, blocks=True)
+    return out
+
+
+@torch.library.custom_op(add_op_namespace_prefix("fp8_gemm_wgrad"), mutates_args=())
+def _fp8_gemm_wgrad(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
+    """a [M, K], b [N, K], both with tiles' scales -> [M, N] fp32."""
+    if not _launch.use_triton(a):
+        return _torch_gemm(a, a_scale, b, b_scale, torch.float32, 1)
+    out = a.new_empty(a.shape[0], b.shape[0], dtype=torch.float32)
+    _triton_gemm(a, a_scale, b, b_scale, out, blocks=False)
+    return out
+
+
+@torch.library.custom_op(add_op_namespace_prefix("fp8_gemm_wgrad_add"), mutates_args=("out",))
+def _fp8_gemm_wgrad_add(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out: Tensor) -> None:
+    """`_fp8_gemm_wgrad` added to `out` [M, N] fp32."""
+    if _launch.use_triton(a):
+        _triton_gemm(a, a_scale, b, b_scale, out, blocks=False, add=True)
+    else:
+        out.addmm_(_values(a, a_scale, 1, torch.float32), _values(b, b_scale, 1, torch.float32).T)
+
+
+@_fp8_gemm.register_fake
+def _(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[0], dtype=out_dtype)
+
+
+@_fp8_gemm_wgrad.register_fake
+def _(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[0], dtype=torch.float32)
+
+
+@_fp8_gemm_wgrad_add.register_fake
+def _(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out: Tensor) -> None:
+    return None
+
+
+# --- public ops -------------------------------------------------------------------------------------------------------
+
+
+def _check_operand(name: str, codes: Tensor, scale: Tensor, width: int | None, rows: int) -> None:
+    if codes.dtype != E4M3:
+        raise TypeError(f"{name}: got {codes.dtype}, allowed is {E4M3}")
+    check_shape(name, codes, (None, width))
+    if codes.shape[1] == 0:
+        raise ValueError(f"{name}: got shape {tuple(codes.shape)}, allowed is a last dimension of 1 or more")
+    if scale.dtype != torch.float32:
+        raise TypeError(f"{name}_scale: got {scale.dtype}, allowed is {torch.float32}")
+    check_shape(f"{name}_scale", scale, (-(-codes.shape[0] // rows), -(-codes.shape[1] // GROUP)))
+
+
+def fp8_gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """a [M, K] @ b [N, K].T -> [M, N] in out_dtype (bf16, fp16 or fp32). a, b: e4m3 codes; a_scale [M, ceil(K / 128)]
+    and b_scale [ceil(N / 128), ceil(K / 128)] fp32. Any strides. Not differentiable: `fp8_linear` is.
+
+    Raises TypeError for codes that are not torch.float8_e4m3fn, scales that are not fp32 or another out_dtype,
+    ValueError for shapes that do not fit.
+    """
+    _check_operand("a", a, a_scale, None, 1)
+    _check_operand("b", b, b_scale, a.shape[1], GROUP)
+    if out_dtype not in OUT_DTYPES:
+        raise TypeError(f"out_dtype: got {out_dtype}, allowed are {', '.join(map(str, OUT_DTYPES))}")
+    return _fp8_gemm(a, a_scale, b, b_scale, out_dtype)
+
+
+def fp8_gemm_wgrad(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out: Tensor | None = None) -> Tensor:
+    """a [M, K] @ b [N, K].T -> [M, N] fp32, both operands with scales along K: a_scale [M, ceil(K / 128)], b_scale
+    [N, ceil(K / 128)] fp32. With `out` [M, N] fp32 it is added to it in place, and `out` returned.
+
+    Raises TypeError for codes that are not torch.float8_e4m3fn and scales or `out` that are not fp32, ValueError for
+    shapes that do not fit.
+    """
+    _check_operand("a", a, a_scale, None, 1)
+    _check_operand("b", b, b_scale, a.shape[1], 1)
+    if out is None:
+        return _fp8_gemm_wgrad(a, a_scale, b, b_scale)
+    if out.dtype != torch.float32:
+        raise TypeError(f"out: got {out.dtype}, allowed is {torch.float32}")
+    check_shape("out", out, (a.shape[0], b.shape[0]))
+    _fp8_gemm_wgrad_add(a, a_scale, b, b_scale, out)
+    return out
