@@ -17,7 +17,7 @@ def row(contestant: str, us: float, m: int, **more: Any) -> dict[str, Any]:
 
 ROWS = [
     row(OURS, 10, 1), row("a", 40, 1), row("b", 20, 1),  # the fastest peer is 2 times ours
-    row(OURS, 10, 2), row("a", 80, 2), row("b", 90, 2, status="wrong"),  # 8 times
+    row(OURS, 10, 2), row("a", 80, 2), row("b", 5, 2, status="wrong"),  # 8 times: b does not count
     row(OURS, 10, 3, of_copy=0.5), row("a", 10, 3),  # 1 time
 ]  # fmt: skip
 
