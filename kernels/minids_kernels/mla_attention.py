@@ -2,12 +2,21 @@
 
 q [T, H, Dqk], k [T, Hk, Dqk], v [T, Hk, Dv] with Hk = H or 1 (shared by all heads, as MLA's rope key is), documents end
 to end, document i at tokens cu_seqlens[i]:cu_seqlens[i+1] (FlashAttention's convention). Widths of q/k and v may
-differ, as they do in multi-head latent attention (DeepSeek-V3 report, section 2.1.1).
+differ, as they do in multi-head latent attention (DeepSeek-V3 report, section 2.1.1). fp32, bf16 or fp16 (fp64 on the
+PyTorch path).
+
+Kernels: FlashAttention-2 (arXiv 2307.08691) with exponentials of two in fp32, a program for each tile of rows of a
+document and head. Which document a tile lies in is searched on the device: the grid knows T and the number of documents
+and no length. A row's width that is no power of two is two products, 192 = 128 + 64. The backward computes the
+probabilities again from the log-sum-exp, once for dq and once for dk and dv: no atomics, the same bits every time, and
+8 bytes a row and head of workspace. Keys or values that heads share get their gradient as a sum of fp32 parts in one
+order: a program takes several heads where all are shared, else each head writes its own part.
+Runs on every GPU Triton knows; Dqk up to 192 and Dv up to 128 there.
 
 On the PyTorch path documents are laid side by side in rectangles of similar length: a causal row never sees the padding
 behind it, so no mask over documents is needed. Within a rectangle, blocks of query rows meet all their keys in batched
 matrix products. Scores are rounded to the compute dtype before an fp32 softmax, as in any unfused attention.
-Test: tests/kernels/test_mla_attention.py.
+Test: tests/kernels/test_mla_attention.py. Benchmark: benchmarks/ops/mla_attention.py.
 """
 
 from __future__ import annotations
@@ -15,15 +24,20 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Iterator
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from . import _launch
 from ._checks import check_float, check_shape, compute_dtype
+from ._launch import tl, triton
+from ._ops import add_op_namespace_prefix
 
 __all__ = ["mla_attention", "mla_attention_reference"]
 
+MAX_WIDTH, MAX_V_WIDTH = 192, 128  # on the Triton path
 QUERY_BLOCK = 128  # rows of scores in memory at once, a document
 KEPT_ELEMENTS = 1 << 23  # probabilities kept for the backward instead of computed again, a rectangle
 
@@ -43,6 +57,334 @@ def mla_attention_reference(
             scores += torch.full_like(scores[0], -torch.inf).triu(1)
         out[start:end] = (scores.softmax(-1) @ vd).transpose(0, 1)
     return out.to(q.dtype)
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+# Rows of q and k come in two parts, `*_ptr` of WIDTH columns padded to MAIN and `*_rest_ptr` of REST_WIDTH padded to
+# REST (0: there is none). Strides are (token, head); a head's stride is 0 where heads share.
+
+
+@triton.jit
+def _tile(cu_ptr, documents, tile, BLOCK: tl.constexpr):
+    """Tile number -> its document's first token, the document's length, the tile's first row in it. Document i's tiles
+    are numbered from cu[i] // BLOCK + i on, which leaves room for all of them; what lies between starts beyond the
+    length."""
+    low = 0
+    high = documents
+    while high - low > 1:
+        middle = (low + high) // 2
+        reached = tl.load(cu_ptr + middle) // BLOCK + middle <= tile
+        low = tl.where(reached, middle, low)
+        high = tl.where(reached, high, middle)
+    start = tl.load(cu_ptr + low)
+    return start.to(tl.int64), tl.load(cu_ptr + low + 1) - start, (tile - start // BLOCK - low) * BLOCK
+
+
+@triton.jit
+def _load(ptr, first, length, stride, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLS: tl.constexpr):
+    """Rows first.. of a [length, WIDTH] matrix with zeros around it: [ROWS, COLS]."""
+    rows = tl.arange(0, ROWS)[:, None]
+    cols = tl.arange(0, COLS)[None, :]
+    mask = rows < length - first
+    if WIDTH < COLS:
+        mask = mask & (cols < WIDTH)
+    return tl.load(ptr + tl.cast(first, tl.int64) * stride + rows * stride + cols, mask=mask, other=0.0)
+
+
+@triton.jit
+def _store(ptr, x, first, length, stride, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLS: tl.constexpr):
+    """The opposite of `_load`."""
+    rows = tl.arange(0, ROWS)[:, None]
+    cols = tl.arange(0, COLS)[None, :]
+    mask = (rows < length - first) & (cols < WIDTH)
+    ptr += tl.cast(first, tl.int64) * stride
+    tl.store(ptr + rows * stride + cols, x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _attend(
+    acc, total, top, q, q_rest, k_ptr, k_rest_ptr, v_ptr, rows, begin, end, length, k_stride, k_rest_stride, v_stride,
+    scale_log2, CAUSAL: tl.constexpr, MASKED: tl.constexpr, WIDTH: tl.constexpr, MAIN: tl.constexpr,
+    REST_WIDTH: tl.constexpr, REST: tl.constexpr, V_WIDTH: tl.constexpr, VALUE: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Takes keys begin..end into the running softmax: acc [M, VALUE] and total [M], both times 2^-top [M]."""
+    for first in tl.range(begin, end, BLOCK_N):
+        k = _load(k_ptr, first, length, k_stride, BLOCK_N, WIDTH, MAIN)
+        scores = tl.dot(q, k.T, input_precision="ieee")
+        if REST:
+            k_rest = _load(k_rest_ptr, first, length, k_rest_stride, BLOCK_N, REST_WIDTH, REST)
+            scores = tl.dot(q_rest, k_rest.T, scores, input_precision="ieee")
+        if MASKED:
+            cols = first + tl.arange(0, BLOCK_N)
+            seen = cols[None, :] <= rows[:, None] if CAUSAL else cols[None, :] < length
+            scores = tl.where(seen, scores, float("-inf"))
+        new = tl.maximum(top, tl.max(scores, 1) * scale_log2)
+        p = tl.exp2(scores * scale_log2 - new[:, None])
+        fade = tl.exp2(top - new)
+        total = total * fade + tl.sum(p, 1)
+        v = _load(v_ptr, first, length, v_stride, BLOCK_N, V_WIDTH, VALUE)
+        acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+        top = new
+    return acc, total, top
+
+
+@triton.jit
+def _mla_attention_fwd_kernel(
+    q_ptr, q_rest_ptr, k_ptr, k_rest_ptr, v_ptr, out_ptr, lse_ptr, cu_ptr, T, documents, tiles, scale_log2,
+    q_stride, q_head, q_rest_stride, q_rest_head, k_stride, k_head, k_rest_stride, k_rest_head, v_stride, v_head,
+    out_stride, out_head,
+    CAUSAL: tl.constexpr, WIDTH: tl.constexpr, MAIN: tl.constexpr, REST_WIDTH: tl.constexpr, REST: tl.constexpr,
+    V_WIDTH: tl.constexpr, VALUE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Program: BLOCK_M rows of a document and head, a head's last rows (the longest when causal) first; lse [H, T]."""
+    head = (tl.program_id(0) // tiles).to(tl.int64)
+    start, length, first = _tile(cu_ptr, documents, tiles - 1 - tl.program_id(0) % tiles, BLOCK_M)
+    if first >= length:
+        return
+    k_ptr += start * k_stride + head * k_head
+    k_rest_ptr += start * k_rest_stride + head * k_rest_head
+    v_ptr += start * v_stride + head * v_head
+    q = _load(q_ptr + start * q_stride + head * q_head, first, length, q_stride, BLOCK_M, WIDTH, MAIN)
+    q_rest = q
+    if REST:
+        q_rest_ptr += start * q_rest_stride + head * q_rest_head
+        q_rest = _load(q_rest_ptr, first, length, q_rest_stride, BLOCK_M, REST_WIDTH, REST)
+    rows = first + tl.arange(0, BLOCK_M)
+    acc = tl.zeros((BLOCK_M, VALUE), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    whole = (first if CAUSAL else length) // BLOCK_N * BLOCK_N  # keys before it are seen by all rows
+    end = tl.minimum(first + BLOCK_M, length) if CAUSAL else length
+    acc, total, top = _attend(
+        acc, total, top, q, q_rest, k_ptr, k_rest_ptr, v_ptr, rows, 0, whole, length, k_stride, k_rest_stride, v_stride,
+        scale_log2, CAUSAL, False, WIDTH, MAIN, REST_WIDTH, REST, V_WIDTH, VALUE, BLOCK_N,
+    )  # fmt: skip
+    acc, total, top = _attend(
+        acc, total, top, q, q_rest, k_ptr, k_rest_ptr, v_ptr, rows, whole, end, length, k_stride, k_rest_stride,
+        v_stride, scale_log2, CAUSAL, True, WIDTH, MAIN, REST_WIDTH, REST, V_WIDTH, VALUE, BLOCK_N,
+    )  # fmt: skip
+    out_ptr += start * out_stride + head * out_head
+    _store(out_ptr, acc / total[:, None], first, length, out_stride, BLOCK_M, V_WIDTH, VALUE)
+    ln2: tl.constexpr = 0.6931471805599453
+    tl.store(lse_ptr + head * T + start + rows, (top + tl.log2(total)) * ln2, mask=rows < length)
+
+
+@triton.jit
+def _mla_attention_dq_kernel(
+    dout_ptr, q_ptr, q_rest_ptr, k_ptr, k_rest_ptr, v_ptr, out_ptr, lse_ptr, delta_ptr, dq_ptr, dq_rest_ptr, cu_ptr, T,
+    documents, tiles, scale, dout_stride, dout_head,
+    q_stride, q_head, q_rest_stride, q_rest_head, k_stride, k_head, k_rest_stride, k_rest_head, v_stride, v_head,
+    out_stride, out_head, dq_stride, dq_head, dq_rest_stride, dq_rest_head,
+    CAUSAL: tl.constexpr, WIDTH: tl.constexpr, MAIN: tl.constexpr, REST_WIDTH: tl.constexpr, REST: tl.constexpr,
+    V_WIDTH: tl.constexpr, VALUE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """As the forward's programs; also writes delta [H, T], the rows' sums of dout * out."""
+    head = (tl.program_id(0) // tiles).to(tl.int64)
+    start, length, first = _tile(cu_ptr, documents, tiles - 1 - tl.program_id(0) % tiles, BLOCK_M)
+    if first >= length:
+        return
+    log2e: tl.constexpr = 1.4426950408889634
+    k_ptr += start * k_stride + head * k_head
+    k_rest_ptr += start * k_rest_stride + head * k_rest_head
+    v_ptr += start * v_stride + head * v_head
+    q = _load(q_ptr + start * q_stride + head * q_head, first, length, q_stride, BLOCK_M, WIDTH, MAIN)
+    dq = tl.zeros((BLOCK_M, MAIN), tl.float32)
+    if REST:
+        q_rest_ptr += start * q_rest_stride + head * q_rest_head
+        q_rest = _load(q_rest_ptr, first, length, q_rest_stride, BLOCK_M, REST_WIDTH, REST)
+        dq_rest = tl.zeros((BLOCK_M, REST), tl.float32)
+    rows = first + tl.arange(0, BLOCK_M)
+    out = _load(out_ptr + start * out_stride + head * out_head, first, length, out_stride, BLOCK_M, V_WIDTH, VALUE)
+    dout_ptr += start * dout_stride + head * dout_head
+    dout = _load(dout_ptr, first, length, dout_stride, BLOCK_M, V_WIDTH, VALUE)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    tl.store(delta_ptr + head * T + start + rows, delta, mask=rows < length)
+    lse = tl.load(lse_ptr + head * T + start + rows, mask=rows < length, other=0.0) * log2e
+    end = tl.minimum(first + BLOCK_M, length) if CAUSAL else length
+    for key in tl.range(0, end, BLOCK_N):
+        k = _load(k_ptr, key, length, k_stride, BLOCK_N, WIDTH, MAIN)
+        scores = tl.dot(q, k.T, input_precision="ieee")
+        if REST:
+            k_rest = _load(k_rest_ptr, key, length, k_rest_stride, BLOCK_N, REST_WIDTH, REST)
+            scores = tl.dot(q_rest, k_rest.T, scores, input_precision="ieee")
+        cols = key + tl.arange(0, BLOCK_N)
+        seen = cols[None, :] <= rows[:, None] if CAUSAL else cols[None, :] < length
+        p = tl.exp2(tl.where(seen, scores * (scale * log2e) - lse[:, None], float("-inf")))
+        v = _load(v_ptr, key, length, v_stride, BLOCK_N, V_WIDTH, VALUE)
+        dp = tl.dot(dout, v.T, input_precision="ieee")
+        dscores = (p * (dp - delta[:, None])).to(k.dtype)
+        dq = tl.dot(dscores, k, dq, input_precision="ieee")
+        if REST:
+            dq_rest = tl.dot(dscores, k_rest, dq_rest, input_precision="ieee")
+    dq_ptr += start * dq_stride + head * dq_head
+    _store(dq_ptr, dq * scale, first, length, dq_stride, BLOCK_M, WIDTH, MAIN)
+    if REST:
+        dq_rest_ptr += start * dq_rest_stride + head * dq_rest_head
+        _store(dq_rest_ptr, dq_rest * scale, first, length, dq_rest_stride, BLOCK_M, REST_WIDTH, REST)
+
+
+@triton.jit
+def _mla_attention_dkdv_kernel(
+    dout_ptr, q_ptr, q_rest_ptr, k_ptr, k_rest_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dk_rest_ptr, dv_ptr, cu_ptr, T,
+    documents, tiles, heads, heads_each, scale, dout_stride, dout_head,
+    q_stride, q_head, q_rest_stride, q_rest_head, k_stride, k_head, k_rest_stride, k_rest_head, v_stride, v_head,
+    dk_stride, dk_part, dk_rest_stride, dk_rest_part, dv_stride, dv_part,
+    CAUSAL: tl.constexpr, WIDTH: tl.constexpr, MAIN: tl.constexpr, REST_WIDTH: tl.constexpr, REST: tl.constexpr,
+    V_WIDTH: tl.constexpr, VALUE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Program: BLOCK_N keys of a document, for `heads_each` heads one after the other; writes one part of dk and dv.
+    Rows beyond the document are zeros with lse 0 and delta 0, and give nothing."""
+    part = (tl.program_id(0) // tiles).to(tl.int64)
+    start, length, first = _tile(cu_ptr, documents, tl.program_id(0) % tiles, BLOCK_N)
+    if first >= length:
+        return
+    log2e: tl.constexpr = 1.4426950408889634
+    head = part * heads_each
+    k = _load(k_ptr + start * k_stride + head * k_head, first, length, k_stride, BLOCK_N, WIDTH, MAIN)
+    v = _load(v_ptr + start * v_stride + head * v_head, first, length, v_stride, BLOCK_N, V_WIDTH, VALUE)
+    dk = tl.zeros((BLOCK_N, MAIN), tl.float32)
+    dv = tl.zeros((BLOCK_N, VALUE), tl.float32)
+    if REST:
+        k_rest_ptr += start * k_rest_stride + head * k_rest_head
+        k_rest = _load(k_rest_ptr, first, length, k_rest_stride, BLOCK_N, REST_WIDTH, REST)
+        dk_rest = tl.zeros((BLOCK_N, REST), tl.float32)
+    cols = first + tl.arange(0, BLOCK_N)
+    begin = first // BLOCK_M * BLOCK_M if CAUSAL else 0
+    blocks = tl.cdiv(length - begin, BLOCK_M)
+    for step in tl.range(0, blocks * tl.minimum(heads_each, heads - head).to(tl.int32)):
+        at = head + step // blocks
+        query = begin + step % blocks * BLOCK_M
+        q = _load(q_ptr + start * q_stride + at * q_head, query, length, q_stride, BLOCK_M, WIDTH, MAIN)
+        scores = tl.dot(k, q.T, input_precision="ieee")
+        if REST:
+            q_rest_row = q_rest_ptr + start * q_rest_stride + at * q_rest_head
+            q_rest = _load(q_rest_row, query, length, q_rest_stride, BLOCK_M, REST_WIDTH, REST)
+            scores = tl.dot(k_rest, q_rest.T, scores, input_precision="ieee")
+        rows = query + tl.arange(0, BLOCK_M)
+        lse = tl.load(lse_ptr + at * T + start + rows, mask=rows < length, other=0.0) * log2e
+        exponent = scores * (scale * log2e) - lse[None, :]
+        if CAUSAL:
+            exponent = tl.where(cols[:, None] <= rows[None, :], exponent, float("-inf"))
+        p = tl.exp2(exponent)
+        dout_row = dout_ptr + start * dout_stride + at * dout_head
+        dout = _load(dout_row, query, length, dout_stride, BLOCK_M, V_WIDTH, VALUE)
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
+        dp = tl.dot(v, dout.T, input_precision="ieee")
+        delta = tl.load(delta_ptr + at * T + start + rows, mask=rows < length, other=0.0)
+        dscores = (p * (dp - delta[None, :])).to(q.dtype)
+        dk = tl.dot(dscores, q, dk, input_precision="ieee")
+        if REST:
+            dk_rest = tl.dot(dscores, q_rest, dk_rest, input_precision="ieee")
+    _store(dk_ptr + start * dk_stride + part * dk_part, dk * scale, first, length, dk_stride, BLOCK_N, WIDTH, MAIN)
+    _store(dv_ptr + start * dv_stride + part * dv_part, dv, first, length, dv_stride, BLOCK_N, V_WIDTH, VALUE)
+    if REST:
+        dk_rest_ptr += start * dk_rest_stride + part * dk_rest_part
+        _store(dk_rest_ptr, dk_rest * scale, first, length, dk_rest_stride, BLOCK_N, REST_WIDTH, REST)
+
+
+# --- launchers --------------------------------------------------------------------------------------------------------
+
+
+def _columns(x: Tensor) -> Tensor:
+    """x [T, H, D] with neighbouring columns side by side, and rows near enough for 32-bit offsets within a tile."""
+    return x if (x.stride(2) == 1 or x.shape[2] == 1) and x.stride(0) < 1 << 23 else x.contiguous()
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    """Token and head strides of each [T, H or 1, D]."""
+    return [s for x in tensors for s in (x.stride(0), x.stride(1) if x.shape[1] > 1 else 0)]
+
+
+def _padded(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
+
+
+def _split(width: int) -> int:
+    """Columns of q and k in their first product: 192 -> 128, 48 -> 32; all where two would be as wide as one."""
+    half = _padded(width) // 2
+    return half if half >= 16 and half + _padded(width - half) < 2 * half else width
+
+
+def _parts(x: Tensor) -> tuple[Tensor, Tensor]:
+    first = _split(x.shape[2])
+    return x[..., :first], x[..., first:]
+
+
+def _shape(q: Tensor, q_rest: Tensor, v: Tensor, causal: bool) -> dict[str, Any]:
+    """Constexpr arguments that all kernels have."""
+    width, rest, value = q.shape[2], q_rest.shape[2], v.shape[2]
+    return dict(
+        CAUSAL=causal, WIDTH=width, MAIN=_padded(width), REST_WIDTH=rest, REST=_padded(rest) if rest else 0,
+        V_WIDTH=value, VALUE=_padded(value),
+    )  # fmt: skip
+
+
+def _config(kernel: str, q: Tensor, shape: dict[str, Any]) -> dict[str, Any]:
+    width = shape["MAIN"] + shape["REST"] + shape["VALUE"]
+    return _launch.config("mla_attention", kernel, _launch.arch(q), WIDTH=width, BITS=torch.finfo(q.dtype).bits)
+
+
+def _tiles(tokens: int, documents: int, block: int) -> int:
+    return tokens // block + documents
+
+
+def _triton_fwd(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, with_lse: bool, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    (tokens, heads, _), documents = q.shape, cu_seqlens.shape[0] - 1
+    out = q.new_empty(tokens, heads, v.shape[2])
+    lse = q.new_empty(heads, tokens, dtype=torch.float32)
+    (q, q_rest), (k, k_rest), v = _parts(_columns(q)), _parts(_columns(k)), _columns(v)
+    shape = _shape(q, q_rest, v, causal)
+    config = _config("mla_attention_fwd", q, shape)
+    tiles = _tiles(tokens, documents, config["BLOCK_M"])
+    _launch.launch(
+        _mla_attention_fwd_kernel, (tiles * heads,),
+        q, q_rest, k, k_rest, v, out, lse, cu_seqlens, tokens, documents, tiles, scale * math.log2(math.e),
+        *_strides(q, q_rest, k, k_rest, v, out), **shape, **config,
+    )  # fmt: skip
+    return out, lse, q.new_empty(0)
+
+
+def _triton_bwd(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: Tensor, cu_seqlens: Tensor,
+    causal: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    (tokens, heads, _), documents = q.shape, cu_seqlens.shape[0] - 1
+    dq = q.new_empty(q.shape)
+    delta = torch.empty_like(lse)
+    dout, v = _columns(dout), _columns(v)
+    (q, q_rest), (k, k_rest) = _parts(_columns(q)), _parts(_columns(k))
+    shape = _shape(q, q_rest, v, causal)
+    config = _config("mla_attention_dq", q, shape)
+    tiles = _tiles(tokens, documents, config["BLOCK_M"])
+    _launch.launch(
+        _mla_attention_dq_kernel, (tiles * heads,),
+        dout, q, q_rest, k, k_rest, v, out, lse, delta, *_parts(dq), cu_seqlens, tokens, documents, tiles, scale,
+        *_strides(dout, q, q_rest, k, k_rest, v, out, *_parts(dq)), **shape, **config,
+    )  # fmt: skip
+
+    config = _config("mla_attention_dkdv", q, shape)
+    tiles = _tiles(tokens, documents, config["BLOCK_N"])
+    all_shared = k.shape[1] == v.shape[1] == 1
+    heads_each = triton.cdiv(heads, triton.cdiv(4 * _launch.multiprocessors(q), max(1, tiles))) if all_shared else 1
+    parts = triton.cdiv(heads, max(1, heads_each))
+
+    def buffer(x: Tensor, width: int) -> Tensor:
+        shared = x.shape[1] < heads
+        return x.new_empty(tokens, parts, width, dtype=torch.float32 if shared and parts > 1 else x.dtype)
+
+    dk, dv = buffer(k, k.shape[2] + k_rest.shape[2]), buffer(v, v.shape[2])
+    _launch.launch(
+        _mla_attention_dkdv_kernel, (tiles * parts,),
+        dout, q, q_rest, k, k_rest, v, lse, delta, *_parts(dk), dv, cu_seqlens, tokens, documents, tiles, heads,
+        heads_each, scale, *_strides(dout, q, q_rest, k, k_rest, v, *_parts(dk), dv), **shape, **config,
+    )  # fmt: skip
+    dk, dv = (d.sum(1, keepdim=True).to(x.dtype) if x.shape[1] < d.shape[1] else d for d, x in ((dk, k), (dv, v)))
+    return dq, dk, dv
+
+
+# --- PyTorch path -----------------------------------------------------------------------------------------------------
 
 
 class _Rectangle:
@@ -99,72 +441,182 @@ def _rectangles(bounds: tuple[int, ...], causal: bool) -> list[_Rectangle]:
     ]
 
 
-def _probabilities(q: Tensor, k: Tensor, first: int, causal: bool, scale: float) -> Tensor:
-    """Softmax rows of query block q [B, M, D] (rows first.. of the document) over keys k [B, N, D] -> [B, M, N]."""
+def _bounds(cu_seqlens: Tensor, tokens: int) -> tuple[int, ...]:
+    bounds = tuple(cu_seqlens.tolist())
+    if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in itertools.pairwise(bounds)):
+        raise ValueError(f"cu_seqlens: got {list(bounds[:4])}...{list(bounds[-2:])}, allowed is 0, rising, to {tokens}")
+    return bounds
+
+
+def _blocks(rectangle: _Rectangle, causal: bool) -> Iterator[tuple[slice, slice]]:
+    """Query rows taken at once, and the keys they may see."""
+    for first in range(0, rectangle.length, QUERY_BLOCK):
+        last = min(first + QUERY_BLOCK, rectangle.length)
+        yield slice(first, last), slice(0, last if causal else rectangle.length)
+
+
+def _kept_size(rectangle: _Rectangle, heads: int, causal: bool) -> int:
+    """Probabilities of a rectangle that are kept: all or none."""
+    if rectangle.rows * heads * rectangle.length**2 > KEPT_ELEMENTS:
+        return 0
+    blocks = _blocks(rectangle, causal)
+    return rectangle.rows * heads * sum((rows.stop - rows.start) * seen.stop for rows, seen in blocks)
+
+
+def _scores(q: Tensor, k: Tensor, first: int, causal: bool, scale: float) -> Tensor:
+    """Query block q [B, M, D] (rows first.. of the document) against keys k [B, N, D] -> [B, M, N]."""
     mask = q.new_zeros(q.shape[1], k.shape[1])
     if causal:
         mask[:, first:] = q.new_full((q.shape[1], k.shape[1] - first), -math.inf).triu_(1)
-    return torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale).softmax(-1)
+    return torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale)
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bounds: tuple[int, ...], causal: bool, scale: float) -> Tensor:
-        out = q.new_empty(*q.shape[:2], v.shape[-1])
-        heads = q.shape[1]
-        kept: list[Tensor] = []
-        for rectangle in _rectangles(bounds, causal):
-            qr, kr, vr = (rectangle.take(x.expand(-1, heads, -1)) for x in (q, k, v))
-            result = torch.empty_like(vr)
-            keep = qr.shape[0] * rectangle.length**2 <= KEPT_ELEMENTS
-            for first in range(0, rectangle.length, QUERY_BLOCK):
-                rows = slice(first, first + QUERY_BLOCK)
-                seen = slice(0, first + QUERY_BLOCK if causal else None)
-                p = _probabilities(qr[:, rows], kr[:, seen], first, causal, scale)
-                result[:, rows] = torch.bmm(p, vr[:, seen])
-                if keep:
-                    kept.append(p)
-            rectangle.put(out, result)
-        ctx.save_for_backward(q, k, v, *kept)
-        ctx.bounds, ctx.causal, ctx.scale = bounds, causal, scale
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout: Tensor):
-        q, k, v, *kept = ctx.saved_tensors
-        heads, causal = q.shape[1], ctx.causal
-        dq = torch.empty_like(q)
-        dk, dv = (x.new_empty(x.shape[0], heads, x.shape[-1]) for x in (k, v))
-        for rectangle in _rectangles(ctx.bounds, causal):
-            qr, kr, vr = (rectangle.take(x.expand(-1, heads, -1)) for x in (q, k, v))
-            dor = rectangle.take_gradient(dout)
-            dqr, dkr, dvr = torch.empty_like(qr), torch.zeros_like(kr), torch.zeros_like(vr)
-            keep = qr.shape[0] * rectangle.length**2 <= KEPT_ELEMENTS
-            for first in range(0, rectangle.length, QUERY_BLOCK):
-                rows = slice(first, first + QUERY_BLOCK)
-                seen = slice(0, first + QUERY_BLOCK if causal else None)
-                p = kept.pop(0) if keep else _probabilities(qr[:, rows], kr[:, seen], first, causal, ctx.scale)
-                dp = torch.bmm(dor[:, rows], vr[:, seen].transpose(1, 2))
-                ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-                dqr[:, rows] = torch.bmm(ds, kr[:, seen])
-                dkr[:, seen] += torch.bmm(ds.transpose(1, 2), qr[:, rows])
-                dvr[:, seen] += torch.bmm(p.transpose(1, 2), dor[:, rows])
-            rectangle.put(dq, dqr.mul_(ctx.scale))
-            rectangle.put(dk, dkr.mul_(ctx.scale))
-            rectangle.put(dv, dvr)
-        dk, dv = (d.sum(1, keepdim=True) if x.shape[1] < heads else d for d, x in ((dk, k), (dv, v)))
-        return dq, dk, dv, None, None, None
+def _torch_fwd(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, with_lse: bool, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, heads, _ = q.shape
+    rectangles = _rectangles(_bounds(cu_seqlens, tokens), causal)
+    out = q.new_empty(tokens, heads, v.shape[-1])
+    lse = q.new_empty(tokens if with_lse else 0, heads, 1, dtype=_statistic(q))
+    kept = q.new_empty(sum(_kept_size(r, heads, causal) for r in rectangles) if keep else 0)
+    rest = kept
+    for rectangle in rectangles:
+        qr, kr, vr = (rectangle.take(x.expand(-1, heads, -1)) for x in (q, k, v))
+        result = torch.empty_like(vr)
+        sums = lse.new_empty(*vr.shape[:2], 1) if with_lse else None
+        store = keep and _kept_size(rectangle, heads, causal) > 0
+        for rows, seen in _blocks(rectangle, causal):
+            scores = _scores(qr[:, rows], kr[:, seen], rows.start, causal, scale)
+            if sums is not None:
+                sums[:, rows, 0] = scores.to(lse.dtype).logsumexp(-1)
+            if store:
+                p, rest = rest[: scores.numel()].view_as(scores), rest[scores.numel() :]
+                torch.softmax(scores, -1, out=p)
+            else:
+                p = scores.softmax(-1)
+            result[:, rows] = torch.bmm(p, vr[:, seen])
+        rectangle.put(out, result)
+        if sums is not None:
+            rectangle.put(lse, sums)
+    return out, lse.squeeze(2).t().contiguous(), kept
 
 
+def _torch_bwd(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: Tensor, cu_seqlens: Tensor,
+    causal: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    tokens, heads, _ = q.shape
+    dq = q.new_empty(q.shape)
+    dk, dv = (x.new_empty(tokens, heads, x.shape[-1]) for x in (k, v))
+    for rectangle in _rectangles(_bounds(cu_seqlens, tokens), causal):
+        qr, kr, vr = (rectangle.take(x.expand(-1, heads, -1)) for x in (q, k, v))
+        dor = rectangle.take_gradient(dout)
+        dqr, dkr, dvr = torch.empty_like(qr), torch.zeros_like(kr), torch.zeros_like(vr)
+        stored = kept.numel() > 0 and _kept_size(rectangle, heads, causal) > 0
+        for rows, seen in _blocks(rectangle, causal):
+            if stored:
+                shape = qr.shape[0], rows.stop - rows.start, seen.stop
+                p, kept = kept[: math.prod(shape)].view(shape), kept[math.prod(shape) :]
+            else:
+                p = _scores(qr[:, rows], kr[:, seen], rows.start, causal, scale).softmax(-1)
+            dp = torch.bmm(dor[:, rows], vr[:, seen].transpose(1, 2))
+            ds = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
+            dqr[:, rows] = torch.bmm(ds, kr[:, seen])
+            dkr[:, seen].baddbmm_(ds.transpose(1, 2), qr[:, rows])
+            dvr[:, seen].baddbmm_(p.transpose(1, 2), dor[:, rows])
+        rectangle.put(dq, dqr.mul_(scale))
+        rectangle.put(dk, dkr.mul_(scale))
+        rectangle.put(dv, dvr)
+    dk, dv = (d.sum(1, keepdim=True) if x.shape[1] < heads else d for d, x in ((dk, k), (dv, v)))
+    return dq, dk, dv
+
+
+# --- registration -----------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op(add_op_namespace_prefix("mla_attention"), mutates_args=())
+def _mla_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, with_lse: bool, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> out [T, H, Dv], lse [H, T] ([H, 0] on the PyTorch path unless `with_lse`), and probabilities that the PyTorch
+    path's backward uses again, if `keep`."""
+    forward = _triton_fwd if _launch.use_triton(q) else _torch_fwd
+    return forward(q, k, v, cu_seqlens, causal, scale, with_lse, keep)
+
+
+@torch.library.custom_op(add_op_namespace_prefix("mla_attention_backward"), mutates_args=())
+def _mla_attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: Tensor, cu_seqlens: Tensor,
+    causal: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dout [T, H, Dv] and what the forward took and gave -> dq, dk, dv in their tensors' shapes and dtypes."""
+    backward = _triton_bwd if _launch.use_triton(q) else _torch_bwd
+    return backward(dout, q, k, v, out, lse, kept, cu_seqlens, causal, scale)
+
+
+def _statistic(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+@_mla_attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, with_lse: bool, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    (tokens, heads, _), on_gpu = q.shape, _launch.use_triton(q)
+    lse = q.new_empty(heads, tokens if on_gpu or with_lse else 0, dtype=_statistic(q))
+    kept = torch.library.get_ctx().new_dynamic_size() if keep and not on_gpu else 0
+    return q.new_empty(tokens, heads, v.shape[2]), lse, q.new_empty(kept)
+
+
+@_mla_attention_backward.register_fake
+def _(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: Tensor, cu_seqlens: Tensor,
+    causal: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup(ctx, inputs, output) -> None:
+    q, k, v, cu_seqlens, ctx.causal, ctx.scale, *_ = inputs
+    out, lse, kept = output
+    ctx.mark_non_differentiable(lse, kept)
+    ctx.save_for_backward(q, k, v, out, lse, kept, cu_seqlens)
+
+
+def _backward(ctx, dout, dlse, dkept):
+    grads = _mla_attention_backward(dout, *ctx.saved_tensors, ctx.causal, ctx.scale)
+    return *grads, None, None, None, None, None
+
+
+_mla_attention.register_autograd(_backward, setup_context=_setup)
+
+
+# --- public op --------------------------------------------------------------------------------------------------------
+
+
+@overload
 def mla_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool = True, scale: float | None = None
-) -> Tensor:
-    """q [T, H, Dqk], k [T, Hk, Dqk], v [T, Hk, Dv] (Hk = H or 1), cu_seqlens int32 [documents + 1] -> [T, H, Dv].
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool = True, scale: float | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+@overload
+def mla_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool = True, scale: float | None = None, *,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+def mla_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool = True, scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """q [T, H, Dqk], k [T, Hk, Dqk], v [T, Hk, Dv] (Hk = H or 1, k's and v's alike or not), cu_seqlens int32
+    [documents + 1] from 0 in rising order to T -> [T, H, Dv] in q's dtype (autocast's under autocast); with
+    `return_lse` also the scores' log-sum-exp [T, H] in fp32 (fp64 for fp64).
 
     Row t attends to the rows of its own document, up to itself when `causal`. `scale` defaults to 1 / sqrt(Dqk).
-    Differentiable in q, k and v. Under autocast the products run in autocast's dtype. Raises TypeError for dtypes that
-    are no floats, ValueError when shapes disagree or cu_seqlens does not run from 0 to T in rising order.
+    Differentiable in q, k and v; nothing flows back through the log-sum-exp. Raises TypeError for dtypes that are no
+    floats, ValueError when shapes disagree, for a scale that is not above 0, and for widths the kernels do not serve.
+    Values in cu_seqlens that do not run from 0 to T raise ValueError on the PyTorch path; kernels trust them, since
+    looking would wait for the GPU.
     """
     check_float("q", q)
     check_shape("q", q, (None, None, None))
@@ -175,10 +627,19 @@ def mla_attention(
         check_shape(name, x, (tokens, None, last))
         if x.shape[1] not in (1, heads):
             raise ValueError(f"{name}: got {x.shape[1]} heads, allowed is 1 or q's {heads}")
-    bounds = tuple(cu_seqlens.tolist())
-    if not bounds or bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in itertools.pairwise(bounds)):
-        raise ValueError(f"cu_seqlens: got {list(bounds[:4])}...{list(bounds[-2:])}, allowed is 0, rising, to {tokens}")
+    if cu_seqlens.shape[0] == 0:
+        raise ValueError(f"cu_seqlens: got nothing, allowed is 0, rising, to {tokens}")
+    scale = width**-0.5 if scale is None else scale
+    if not scale > 0:
+        raise ValueError(f"scale: got {scale}, allowed is above 0")
     dtype = compute_dtype(q)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    scale = width**-0.5 if scale is None else scale
-    return _Attention.apply(q, k, v, bounds, causal, scale)
+    if _launch.use_triton(q):
+        if width > MAX_WIDTH:
+            raise ValueError(f"q: got {width} columns, allowed are up to {MAX_WIDTH}")
+        if v.shape[2] > MAX_V_WIDTH:
+            raise ValueError(f"v: got {v.shape[2]} columns, allowed are up to {MAX_V_WIDTH}")
+        cu_seqlens = cu_seqlens.to(q.device, torch.int32)
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    out, lse, _ = _mla_attention(q, k, v, cu_seqlens, causal, scale, return_lse, keep)
+    return (out, lse.t()) if return_lse else out

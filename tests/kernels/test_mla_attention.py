@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import importlib
 import itertools
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minids_kernels import mla_attention, mla_attention_reference
+from minids_kernels import _launch, mla_attention, mla_attention_reference
+from minids_kernels._ops import ops
 from torch import Tensor
+from torch.library import opcheck
 
-from tests.kernels.numerics import MODES, assert_near, check, error_bound, run
+from tests.kernels.numerics import MODES, assert_near, check, error_bound, poisoned_memory, run
 
 room = importlib.import_module("minids_kernels.mla_attention")
 HEADS, WIDTH, V_WIDTH = 3, 12, 7
@@ -39,6 +42,7 @@ def exact(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, sca
     mask = document.unsqueeze(1) == document
     if causal:
         mask = mask.tril()
+    mask = mask.to(q.device)
     q, k, v = (x.expand(-1, HEADS, -1).transpose(0, 1) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(0, 1)
 
@@ -50,20 +54,133 @@ DOCUMENTS = {
     "one": [37],
     "equal": [8, 8, 8],
     "mixed": [5, 0, 19, 1, 0, 0, 40, 3],
-    "more than a block": [131, 2, 260],
+    "many": [i % 4 for i in range(40)],
+    "more than a block": [131, 2, 70],
 }
+
+
+def multiplies(mode: str, device: torch.device) -> None:
+    """Skips what is PyTorch's whatever the backend, and what the interpreter cannot do: its products of bf16 are
+    garbage."""
+    if _launch.BACKEND == "triton" and mode == "fp64":
+        pytest.skip("fp64 is always PyTorch's")
+    if _launch.BACKEND == "triton" and device.type == "cpu" and mode in ("bf16", "autocast"):
+        pytest.skip("Triton's interpreter does not multiply bf16")
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("lengths", DOCUMENTS.values(), ids=DOCUMENTS)
-def test_agrees_with_torch(lengths: list[int], causal: bool, mode: str) -> None:
+def test_agrees_with_torch(lengths: list[int], causal: bool, mode: str, device: torch.device) -> None:
+    multiplies(mode, device)
     cu_seqlens = cumulative(lengths)
     check(
         lambda q, k, v: mla_attention(q, k, v, cu_seqlens, causal),
         lambda q, k, v: exact(q, k, v, cu_seqlens, causal),
-        inputs(sum(lengths)), mode, roundings=ROUNDINGS, length=max(lengths, default=0) + WIDTH,
+        inputs(sum(lengths)), mode, roundings=ROUNDINGS, length=max(lengths, default=0) + WIDTH, device=device,
     )  # fmt: skip
+
+
+# V3's, a mini model's, two parts of which one is ragged, one part ragged, the two widths far apart, single columns
+WIDTHS = [(192, 128), (48, 32), (40, 24), (24, 8), (16, 128), (136, 1), (1, 5)]
+
+
+@pytest.mark.parametrize("mode", ["fp32", "fp16"])
+@pytest.mark.parametrize(("width", "v_width"), WIDTHS)
+def test_widths(width: int, v_width: int, mode: str, device: torch.device) -> None:
+    """Keys of all heads and shared ones take turns, since all are kernels' constants of the same kind."""
+    cu_seqlens, causal = cumulative([35, 0, 66]), width != 48
+    key_heads, value_heads = (1 if width in (192, 40) else HEADS), (1 if width in (192, 24) else HEADS)
+    tensors = [torch.randn(101, heads, last) for heads, last in ((HEADS, width), (key_heads, width))]
+    check(
+        lambda q, k, v: mla_attention(q, k, v, cu_seqlens, causal),
+        lambda q, k, v: exact(q, k, v, cu_seqlens, causal),
+        [*tensors, torch.randn(101, value_heads, v_width)], mode, roundings=ROUNDINGS, length=66 + width, device=device,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 2, 100])
+def test_shared_keys_for_any_number_of_parts(
+    multiprocessors: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All heads one after the other, two and one, each on its own: the sums of gradients are the same but for their
+    order."""
+    monkeypatch.setattr(_launch, "multiprocessors", lambda x: multiprocessors)
+    cu_seqlens = cumulative([30, 60, 40])
+    check(
+        lambda q, k, v: mla_attention(q, k, v, cu_seqlens), lambda q, k, v: exact(q, k, v, cu_seqlens, True),
+        inputs(130, 1, 1), "fp16", roundings=ROUNDINGS, length=60 + WIDTH, device=device,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("causal", [True, False])
+def test_log_sum_exp(causal: bool, dtype: torch.dtype, device: torch.device) -> None:
+    lengths = [5, 0, 70, 1]
+    cu_seqlens, (q, k, v) = cumulative(lengths), (x.to(device, dtype) for x in inputs(sum(lengths), 1))
+    out, lse = mla_attention(q.requires_grad_(), k, v, cu_seqlens, causal, 0.4, return_lse=True)
+    assert lse.dtype == torch.promote_types(dtype, torch.float32) and out.requires_grad and not lse.requires_grad
+    assert torch.equal(out, mla_attention(q, k, v, cu_seqlens, causal, 0.4))
+    for start, end in itertools.pairwise(cu_seqlens.tolist()):
+        scores = torch.einsum("mhd,nd->hmn", q[start:end].double(), k[start:end, 0].double()) * 0.4
+        if causal:
+            scores += torch.full_like(scores[0], -torch.inf).triu(1)
+        want = scores.logsumexp(-1).t()
+        assert_near(lse.detach()[start:end], want, error_bound(dtype, 6, WIDTH), floor=1.0)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("heads", [1, HEADS])
+def test_all_is_written_and_the_same_bits_twice(heads: int, causal: bool, device: torch.device) -> None:
+    """Several tiles and documents, memory poisoned with NaN."""
+    cu_seqlens, tensors = cumulative([70, 0, 3, 40]), [x.to(device, torch.float16) for x in inputs(113, heads, heads)]
+    dout = torch.randn(113, HEADS, V_WIDTH).to(device, torch.float16)
+
+    def once() -> tuple[Tensor, list[Tensor]]:
+        with poisoned_memory():
+            return run(lambda q, k, v: mla_attention(q, k, v, cu_seqlens, causal), tensors, dout)
+
+    (one, grads), (other, others) = once(), once()
+    assert all(x.isfinite().all() for x in (one, *grads))
+    assert all(torch.equal(a, b) for a, b in zip((one, *grads), (other, *others), strict=True))
+
+
+@pytest.mark.parametrize("filler", [torch.nan, torch.inf])
+@pytest.mark.parametrize("changed", [0, 2, 3])
+def test_a_document_never_sees_its_neighbour(changed: int, filler: float, device: torch.device) -> None:
+    """The documents' ends lie within tiles."""
+    cu_seqlens, tensors = cumulative([70, 0, 33, 40]), [x.to(device, torch.float16) for x in inputs(143, 1)]
+    dout = torch.randn(143, HEADS, V_WIDTH).to(device, torch.float16)
+    start, end = cu_seqlens[changed : changed + 2].tolist()
+    others = [t.clone() for t in (*tensors, dout)]
+    for t in others:
+        t[start:end] = filler
+    before, grads = run(lambda q, k, v: mla_attention(q, k, v, cu_seqlens), tensors, dout)
+    after, grads_after = run(lambda q, k, v: mla_attention(q, k, v, cu_seqlens), others[:3], others[3])
+    for one, other in zip((before, *grads), (after, *grads_after), strict=True):
+        assert torch.equal(one[:start], other[:start]) and torch.equal(one[end:], other[end:])
+
+
+def test_tokens_beyond_two_to_the_31(device: torch.device) -> None:
+    """Rows so far apart that the last documents' offsets need 64 bits; only the rows' own pages are touched."""
+    lengths, stride = [300, 219], 1 << 22
+    far = torch.empty(sum(lengths) * stride, dtype=torch.float16, device=device)
+    far = far.as_strided((sum(lengths), HEADS, WIDTH), (stride, WIDTH, 1))
+    q, k, v = (x.to(device, torch.float16) for x in inputs(sum(lengths)))
+    far.copy_(k)
+    one = mla_attention(q, k, v, cumulative(lengths))
+    assert torch.equal(mla_attention(q, far, v, cumulative(lengths)), one)
+
+
+def test_registration(device: torch.device) -> None:
+    cu_seqlens = cumulative([5, 0, 1, 8]).to(device)
+    q, k, v = (x.to(device).requires_grad_() for x in inputs(14, 1))
+    for with_lse, keep in ((False, False), (True, True)):
+        opcheck(ops.mla_attention.default, (q, k, v, cu_seqlens, True, 0.3, with_lse, keep))
+    q, k, v = (x.detach() for x in (q, k, v))
+    out, lse, kept = ops.mla_attention(q, k, v, cu_seqlens, True, 0.3, True, True)
+    dout = torch.randn(14, HEADS, V_WIDTH, device=device)
+    opcheck(ops.mla_attention_backward.default, (dout, q, k, v, out, lse, kept, cu_seqlens, True, 0.3))
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -121,12 +238,12 @@ def test_documents_never_meet(lengths: list[int], causal: bool, data: st.DataObj
         assert torch.equal(one[:start], other[:start]) and torch.equal(one[end:], other[end:])
 
 
-def test_causal_rows_never_see_what_follows() -> None:
+def test_causal_rows_never_see_what_follows(device: torch.device) -> None:
     """Later tokens of the own document may change, too; and no gradient flows back from earlier rows to later ones."""
-    cu_seqlens, (q, k, v) = cumulative([150, 30]), inputs(180)
+    cu_seqlens, (q, k, v) = cumulative([150, 30]), (x.to(device, torch.float16) for x in inputs(180))
     out = mla_attention(q, k, v, cu_seqlens)
     k2, v2 = k.clone(), v.clone()
-    k2[140:150], v2[140:150] = 50.0, 1e30
+    k2[140:150], v2[140:150] = 50.0, 6e4
     assert torch.equal(mla_attention(q, k2, v2, cu_seqlens)[:140], out[:140])
     dout = torch.zeros_like(out)
     dout[:140] = 1
@@ -134,17 +251,18 @@ def test_causal_rows_never_see_what_follows() -> None:
     assert dk[140:].count_nonzero() == dv[140:].count_nonzero() == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_large_scores_do_not_overflow(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "fp16"])
+def test_large_scores_do_not_overflow(mode: str, device: torch.device) -> None:
     """Scores of 10^4: attention becomes a choice of the largest, gradients stay finite."""
-    q, k, v = (t.to(dtype) for t in inputs(40))
+    multiplies(mode, device)
+    q, k, v = (t.to(device, MODES[mode][0]) for t in inputs(40))
     out, grads = run(lambda q, k, v: mla_attention(q, k, v, cumulative([40]), scale=1.0), [70 * q, 20 * k, v])
     assert all(t.isfinite().all() for t in (out, *grads))
     assert (out.abs().amax() <= v.abs().amax()).item()
 
 
-def test_one_token_sees_itself() -> None:
-    q, k, v = inputs(5)
+def test_one_token_sees_itself(device: torch.device) -> None:
+    q, k, v = (x.to(device) for x in inputs(5))
     assert torch.equal(mla_attention(q, k, v, cumulative([1] * 5)), v)
 
 
@@ -159,14 +277,28 @@ def test_one_token_sees_itself() -> None:
         ({"v": torch.zeros(3, 2, 5)}, ValueError, r"v: got shape \(3, 2, 5\), allowed is \(4, any, any\)"),
         ({"k": torch.zeros(4, 3, 6)}, ValueError, "k: got 3 heads, allowed is 1 or q's 2"),
         ({"v": torch.zeros(4, 4, 5)}, ValueError, "v: got 4 heads, allowed is 1 or q's 2"),
-        ({"cu_seqlens": torch.tensor([0, 3])}, ValueError, "cu_seqlens: got .*, allowed is 0, rising, to 4"),
-        ({"cu_seqlens": torch.tensor([1, 4])}, ValueError, "cu_seqlens: got"),
-        ({"cu_seqlens": torch.tensor([0, 3, 2, 4])}, ValueError, "cu_seqlens: got"),
-        ({"cu_seqlens": torch.tensor([]).int()}, ValueError, "cu_seqlens: got"),
+        ({"cu_seqlens": torch.tensor([]).int()}, ValueError, "cu_seqlens: got nothing"),
+        ({"scale": 0.0}, ValueError, "scale: got 0.0, allowed is above 0"),
+        ({"scale": float("nan")}, ValueError, "scale: got nan, allowed is above 0"),
         ({"cu_seqlens": torch.tensor([[0, 4]])}, ValueError, r"cu_seqlens: got shape \(1, 2\)"),
     ],
 )
-def test_bad_input(change: dict[str, Tensor], error: type[Exception], message: str) -> None:
+def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:
     good = dict(q=torch.zeros(4, 2, 6), k=torch.zeros(4, 2, 6), v=torch.zeros(4, 2, 5), cu_seqlens=torch.tensor([0, 4]))
     with pytest.raises(error, match=message):
         mla_attention(**{**good, **change})
+
+
+@pytest.mark.parametrize("bounds", [[0, 3], [1, 4], [0, 3, 2, 4]])
+def test_bounds_that_do_not_run_to_the_end(bounds: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"cu_seqlens: got .*, allowed is 0, rising, to 4"):
+        mla_attention(torch.zeros(4, 2, 6), torch.zeros(4, 2, 6), torch.zeros(4, 2, 5), torch.tensor(bounds))
+
+
+def test_widths_that_kernels_do_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_launch, "BACKEND", "triton")
+    q, v, cu_seqlens = torch.zeros(4, 2, 200), torch.zeros(4, 2, 136), torch.tensor([0, 4])
+    with pytest.raises(ValueError, match="q: got 200 columns, allowed are up to 192"):
+        mla_attention(q, q, v, cu_seqlens)
+    with pytest.raises(ValueError, match="v: got 136 columns, allowed are up to 128"):
+        mla_attention(q[..., :8], q[..., :8], v, cu_seqlens)
