@@ -329,21 +329,32 @@ def _tiled(x: Tensor, tile_m: int, tile: int) -> Tensor:
     return x.reshape((m + tail_m) // tile_m, tile_m, (k + tail) // tile, tile)
 
 
+def _torch_amax(tiles: Tensor) -> Tensor:
+    """[R, tile_m, C, tile] -> [R, C], NaN where a tile has one. Two sweeps that write nothing beat one of abs(), one
+    dimension after the other beats both at once."""
+    if tiles.shape[3] == 1:
+        columns = tiles.squeeze(3)
+        return torch.maximum(columns.amax(1), columns.amin(1).neg_())
+    rows = torch.maximum(tiles.amax(3), tiles.amin(3).neg_())
+    return rows.amax(1)
+
+
 def _torch_quantize(x: Tensor, tile_m: int, tile: int, ue8m0: bool, deepseek: bool = False) -> tuple[Tensor, Tensor]:
     """Tiles of [tile_m, tile]: codes [M, K], scales [ceil(M / tile_m), ceil(K / tile)]."""
     m, k = x.shape
     tiles = _tiled(x.float(), tile_m, tile)
-    amax = torch.maximum(tiles.amax((1, 3)), -tiles.amin((1, 3)))  # two sweeps that write nothing beat one of abs()
+    amax = _torch_amax(tiles)
     if amax.isnan().any():
-        amax = tiles.abs().nan_to_num_(0.0, math.inf).amax((1, 3))
+        amax = _torch_amax(tiles.nan_to_num(0.0, math.inf, -math.inf))
     scales = amax.clamp(min=1e-4) / 448.0 if deepseek else (amax / 448.0).clamp_(min=LEAST_SCALE)
     if ue8m0:
         scales = scales.view(torch.int32).add_(0x7FFFFF).bitwise_and_(0x7F800000).view(torch.float32)
+    out = None if tiles.data_ptr() == x.data_ptr() else tiles
     if deepseek:
-        codes = tiles / scales[:, None, :, None]
+        codes = torch.div(tiles, scales[:, None, :, None], out=out)
     else:
         scales.masked_fill_(amax == 0, 1.0)
-        codes = tiles * scales.reciprocal()[:, None, :, None]
+        codes = torch.mul(tiles, scales.reciprocal()[:, None, :, None], out=out)
     codes = codes.view(tiles.shape[0] * tile_m, tiles.shape[2] * tile)[:m, :k]
     return codes.to(E4M3, memory_format=torch.contiguous_format).view(torch.uint8), scales
 
