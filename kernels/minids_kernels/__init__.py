@@ -3,6 +3,7 @@
 from . import layers
 from .cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from .fp8_gemm import fp8_gemm, fp8_gemm_reference, fp8_gemm_wgrad, fp8_gemm_wgrad_reference
+from .fp8_linear import fp8_linear, fp8_linear_reference
 from .fp8_quant import (
     dequantize_blocks,
     dequantize_tiles,
@@ -18,18 +19,28 @@ from .fp8_quant import (
 from .grouped_gemm import grouped_gemm, grouped_gemm_reference
 from .mla_attention import mla_attention, mla_attention_reference
 from .mla_decode import mla_decode, mla_decode_reference
-from .moe import moe_experts, moe_experts_reference, moe_gate
+from .moe import MoePlan, moe_experts, moe_experts_reference, moe_gate, moe_permute, moe_unpermute
 from .rms_norm import rms_norm, rms_norm_reference
+from .rms_norm_quant import rms_norm_quant, rms_norm_quant_reference
 from .rope import rope, rope_reference
 from .swiglu import swiglu, swiglu_reference
+from .swiglu_quant import (
+    swiglu_backward_quant,
+    swiglu_backward_quant_reference,
+    swiglu_quant,
+    swiglu_quant_reference,
+)
 
 __all__ = [
+    "MoePlan",
     "dequantize_blocks",
     "dequantize_tiles",
     "fp8_gemm",
     "fp8_gemm_reference",
     "fp8_gemm_wgrad",
     "fp8_gemm_wgrad_reference",
+    "fp8_linear",
+    "fp8_linear_reference",
     "grouped_gemm",
     "grouped_gemm_reference",
     "layers",
@@ -42,6 +53,8 @@ __all__ = [
     "moe_experts",
     "moe_experts_reference",
     "moe_gate",
+    "moe_permute",
+    "moe_unpermute",
     "quantize_blocks",
     "quantize_blocks_reference",
     "quantize_tiles",
@@ -51,9 +64,15 @@ __all__ = [
     "quantize_tiles_transposed",
     "quantize_tiles_transposed_reference",
     "rms_norm",
+    "rms_norm_quant",
+    "rms_norm_quant_reference",
     "rms_norm_reference",
     "rope",
     "rope_reference",
     "swiglu",
+    "swiglu_backward_quant",
+    "swiglu_backward_quant_reference",
+    "swiglu_quant",
+    "swiglu_quant_reference",
     "swiglu_reference",
 ]

@@ -39,7 +39,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 @triton.jit
-def _load_sum(
+def load_sum(
     x_ptr, residual_ptr, rows, cols, mask, x_stride, residual_stride, dtype: tl.constexpr, HAS_RESIDUAL: tl.constexpr
 ):  # fmt: skip
     """x, or x + residual, rounded to `dtype` as it will be stored, in fp32: [ROWS, BLOCK_N]."""
@@ -64,13 +64,13 @@ def _rms_norm_fwd_kernel(
         squares = tl.zeros((ROWS, BLOCK_N), tl.float32)
         for start in tl.range(0, N, BLOCK_N):
             mask = (rows < M) & (start + cols < N)
-            x = _load_sum(x_ptr, residual_ptr, rows, start + cols, mask, x_stride, residual_stride, dtype, HAS_RESIDUAL)
+            x = load_sum(x_ptr, residual_ptr, rows, start + cols, mask, x_stride, residual_stride, dtype, HAS_RESIDUAL)
             squares += x * x
             if HAS_RESIDUAL:
                 tl.store(sum_ptr + rows * N + start + cols, x.to(dtype), mask=mask)
     else:
         mask = (rows < M) & (cols < N)
-        x = _load_sum(x_ptr, residual_ptr, rows, cols, mask, x_stride, residual_stride, dtype, HAS_RESIDUAL)
+        x = load_sum(x_ptr, residual_ptr, rows, cols, mask, x_stride, residual_stride, dtype, HAS_RESIDUAL)
         squares = x * x
         if HAS_RESIDUAL:
             tl.store(sum_ptr + rows * N + cols, x.to(dtype), mask=mask)
@@ -80,7 +80,7 @@ def _rms_norm_fwd_kernel(
     if WIDE:
         for start in tl.range(0, N, BLOCK_N):
             mask = (rows < M) & (start + cols < N)
-            x = _load_sum(x_ptr, residual_ptr, rows, start + cols, mask, x_stride, residual_stride, dtype, HAS_RESIDUAL)
+            x = load_sum(x_ptr, residual_ptr, rows, start + cols, mask, x_stride, residual_stride, dtype, HAS_RESIDUAL)
             weight = tl.load(weight_ptr + start + cols, mask=start + cols < N, other=0.0).to(tl.float32)
             tl.store(y_ptr + rows * N + start + cols, (x * rstd * weight).to(y_ptr.dtype.element_ty), mask=mask)
     else:
@@ -225,7 +225,7 @@ def _triton_bwd(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dsum: Tenso
 # --- PyTorch path -----------------------------------------------------------------------------------------------------
 
 
-def _torch_fwd(
+def torch_fwd(
     x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Few passes over memory: a norm and two products."""
@@ -259,7 +259,7 @@ def _torch_bwd(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dsum: Tensor
 @torch.library.custom_op(add_op_namespace_prefix("rms_norm"), mutates_args=())
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x [M, N] -> y [M, N] in out_dtype, rstd [M]."""
-    y, _, rstd = (_triton_fwd if _launch.use_triton(x) else _torch_fwd)(x, weight, None, eps, out_dtype)
+    y, _, rstd = (_triton_fwd if _launch.use_triton(x) else torch_fwd)(x, weight, None, eps, out_dtype)
     return y, rstd
 
 
@@ -268,7 +268,7 @@ def _add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x, residual [M, N] -> y [M, N] in out_dtype, x + residual [M, N], rstd [M]."""
-    return (_triton_fwd if _launch.use_triton(x) else _torch_fwd)(x, weight, residual, eps, out_dtype)
+    return (_triton_fwd if _launch.use_triton(x) else torch_fwd)(x, weight, residual, eps, out_dtype)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("rms_norm_backward"), mutates_args=())
@@ -327,6 +327,18 @@ _add_rms_norm.register_autograd(_add_backward, setup_context=_add_setup)
 # --- public op --------------------------------------------------------------------------------------------------------
 
 
+def check_inputs(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
+    check_float("x", x)
+    check_float("weight", weight)
+    if x.dim() == 0 or not 0 < x.shape[-1] <= MAX_WIDTH:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, allowed is a last dimension of 1 to {MAX_WIDTH}")
+    check_shape("weight", weight, (x.shape[-1],))
+    if residual is not None:
+        check_shape("residual", residual, tuple(x.shape))
+        if residual.dtype != x.dtype:
+            raise TypeError(f"residual: got {residual.dtype}, allowed is x's {x.dtype}")
+
+
 @overload
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, residual: None = None) -> Tensor: ...
 @overload
@@ -340,17 +352,10 @@ def rms_norm(
     Raises TypeError for a dtype that is no float or a residual of another dtype than x's, ValueError for a weight that
     is not [N], a residual of another shape, or N over 65,536.
     """
-    check_float("x", x)
-    check_float("weight", weight)
-    if x.dim() == 0 or not 0 < x.shape[-1] <= MAX_WIDTH:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, allowed is a last dimension of 1 to {MAX_WIDTH}")
-    check_shape("weight", weight, (x.shape[-1],))
+    check_inputs(x, weight, residual)
     rows = x.reshape(-1, x.shape[-1])
     if residual is None:
         y, _ = _rms_norm(rows, weight, eps, compute_dtype(x))
         return y.view(x.shape)
-    check_shape("residual", residual, tuple(x.shape))
-    if residual.dtype != x.dtype:
-        raise TypeError(f"residual: got {residual.dtype}, allowed is x's {x.dtype}")
     y, total, _ = _add_rms_norm(rows, residual.reshape(rows.shape), weight, eps, compute_dtype(x))
     return y.view(x.shape), total.view(x.shape)

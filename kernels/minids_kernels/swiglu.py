@@ -116,12 +116,12 @@ def _triton_bwd(dy: Tensor, gate_up: Tensor) -> Tensor:
 # --- PyTorch path -----------------------------------------------------------------------------------------------------
 
 
-def _torch_fwd(gate_up: Tensor) -> Tensor:
+def torch_fwd(gate_up: Tensor) -> Tensor:
     gate, up = _rows(gate_up).chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 
 
-def _torch_bwd(dy: Tensor, gate_up: Tensor) -> Tensor:
+def torch_bwd(dy: Tensor, gate_up: Tensor) -> Tensor:
     """Three passes, of which the last writes where the result lies."""
     gate, up = gate_up.chunk(2, dim=-1)
     out = gate_up.new_empty(gate_up.shape)
@@ -137,12 +137,12 @@ def _torch_bwd(dy: Tensor, gate_up: Tensor) -> Tensor:
 @torch.library.custom_op(add_op_namespace_prefix("swiglu"), mutates_args=())
 def _swiglu(gate_up: Tensor) -> Tensor:
     """gate_up [M, 2F] -> [M, F]."""
-    return (_triton_fwd if _launch.use_triton(gate_up) else _torch_fwd)(gate_up)
+    return (_triton_fwd if _launch.use_triton(gate_up) else torch_fwd)(gate_up)
 
 
 def swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     """Gradient of swiglu: dy [M, F], gate_up [M, 2F] -> [M, 2F]. For the inside of other ops: no graph sees it."""
-    return (_triton_bwd if _launch.use_triton(gate_up) else _torch_bwd)(dy, gate_up)
+    return (_triton_bwd if _launch.use_triton(gate_up) else torch_bwd)(dy, gate_up)
 
 
 _swiglu_backward = torch.library.custom_op(
@@ -174,15 +174,19 @@ _swiglu.register_autograd(_backward, setup_context=_setup)
 # --- public op --------------------------------------------------------------------------------------------------------
 
 
+def check_halves(gate_up: Tensor) -> None:
+    if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
+        raise ValueError(
+            f"gate_up: got shape {tuple(gate_up.shape)}, allowed is an even last dimension (gate and up halves)"
+        )
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     """gate_up [..., 2F] -> silu(gate_up[..., :F]) * gate_up[..., F:], [..., F]. Differentiable.
 
     Raises TypeError for a dtype that is no float, ValueError for an odd last dimension.
     """
     check_float("gate_up", gate_up)
-    if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
-        raise ValueError(
-            f"gate_up: got shape {tuple(gate_up.shape)}, allowed is an even last dimension (gate and up halves)"
-        )
+    check_halves(gate_up)
     width = gate_up.shape[-1]
     return _swiglu(gate_up.reshape(gate_up.shape[:-1].numel(), width)).view(*gate_up.shape[:-1], width // 2)
