@@ -12,6 +12,8 @@ Test: tests/kernels/test_moe.py. Benchmark: benchmarks/ops/moe.py.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,7 +25,7 @@ from ._ops import add_op_namespace_prefix
 from .grouped_gemm import grouped_mm, grouped_outer
 from .swiglu import swiglu_backward, swiglu_gradients, swiglu_values
 
-__all__ = ["moe_experts", "moe_experts_reference", "moe_gate"]
+__all__ = ["MoePlan", "moe_experts", "moe_experts_reference", "moe_gate", "moe_permute", "moe_unpermute"]
 
 ALIGN = 64  # rows an expert's segment is padded to
 
@@ -124,8 +126,11 @@ def _activate_backward_kernel(
 
 
 @triton.jit
-def _combine_kernel(y_ptr, place_ptr, out_ptr, T, N, top_k, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """out [T, N]: sum of each token's top_k rows of y, in fp32 and one order."""
+def _combine_kernel(
+    y_ptr, place_ptr, weight_ptr, out_ptr, T, N, top_k,
+    HAS_WEIGHT: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """out [T, N]: sum of each token's top_k rows of y, times weight [T, top_k], in fp32 and one order."""
     program = tl.program_id(0).to(tl.int64)
     across = tl.cdiv(N, BLOCK_N)
     rows = (program // across) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -134,7 +139,10 @@ def _combine_kernel(y_ptr, place_ptr, out_ptr, T, N, top_k, ROWS: tl.constexpr, 
     total = tl.zeros((ROWS, BLOCK_N), tl.float32)
     for slot in tl.range(top_k):
         place = tl.load(place_ptr + rows * top_k + slot, mask=rows < T, other=0)
-        total += tl.load(y_ptr + place * N + cols, mask=mask, other=0.0).to(tl.float32)
+        y = tl.load(y_ptr + place * N + cols, mask=mask, other=0.0).to(tl.float32)
+        if HAS_WEIGHT:
+            y *= tl.load(weight_ptr + rows * top_k + slot, mask=rows < T, other=0.0).to(tl.float32)
+        total += y
     tl.store(out_ptr + rows * N + cols, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -162,12 +170,15 @@ def _triton_activate_backward(dout: Tensor, gate_up: Tensor, weight: Tensor) -> 
     return out, dgate_up, dweight
 
 
-def _triton_combine(y: Tensor, place: Tensor, top_k: int) -> Tensor:
+def _triton_combine(y: Tensor, place: Tensor, top_k: int, weight: Tensor | None) -> Tensor:
     tokens, width = place.shape[0] // top_k, y.shape[1]
     out = y.new_empty(tokens, width)
     config = _launch.config("moe", "combine", _launch.arch(y), N=width)
-    grid = (triton.cdiv(tokens, config["ROWS"]) * triton.cdiv(width, config["BLOCK_N"]),)
-    _launch.launch(_combine_kernel, grid, y, place, out, tokens, width, top_k, **config)
+    _launch.launch(
+        _combine_kernel, (triton.cdiv(tokens, config["ROWS"]) * triton.cdiv(width, config["BLOCK_N"]),),
+        y.contiguous(), place, place if weight is None else weight.contiguous(), out, tokens, width, top_k,
+        HAS_WEIGHT=weight is not None, **config,
+    )  # fmt: skip
     return out
 
 
@@ -186,7 +197,8 @@ def _torch_activate_backward(dout: Tensor, gate_up: Tensor, weight: Tensor) -> t
     return out.mul_(weight), swiglu_backward(dout.mul_(weight), gate_up), dweight
 
 
-def _torch_combine(y: Tensor, place: Tensor, top_k: int) -> Tensor:
+def _torch_combine(y: Tensor, place: Tensor, top_k: int, weight: Tensor | None) -> Tensor:
+    y = y if weight is None else y * _spread(weight, place, y.shape[0], y.dtype)
     first, *others = place.view(-1, top_k).unbind(1)
     out = y[first]
     for rows in others:
@@ -234,9 +246,9 @@ def _spread(weight: Tensor, place: Tensor, rows: int, dtype: torch.dtype) -> Ten
     return weight.new_zeros(rows, dtype=dtype).scatter_(0, place, weight.flatten().to(dtype)).unsqueeze(1)
 
 
-def _combine(y: Tensor, place: Tensor, top_k: int) -> Tensor:
-    """Sums each token's rows: y [rows, D] -> [T, D]."""
-    return (_triton_combine if _launch.use_triton(y) else _torch_combine)(y, place, top_k)
+def _combine(y: Tensor, place: Tensor, top_k: int, weight: Tensor | None = None) -> Tensor:
+    """Sums each token's rows, times weight [T, k] if given: y [rows, D] -> [T, D]."""
+    return (_triton_combine if _launch.use_triton(y) else _torch_combine)(y, place, top_k, weight)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("moe_experts"), mutates_args=())
@@ -306,7 +318,112 @@ def _backward(ctx, dout, *_):
 _moe_experts.register_autograd(_backward, setup_context=_setup)
 
 
-# --- public op --------------------------------------------------------------------------------------------------------
+@torch.library.custom_op(add_op_namespace_prefix("moe_permute"), mutates_args=())
+def _moe_permute(x: Tensor, topk_ids: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> rows [T * k, D], and the plan."""
+    offsets, place, token = _plan(topk_ids, n_experts, 1)
+    return x[token], offsets, place, token
+
+
+@torch.library.custom_op(add_op_namespace_prefix("moe_unpermute"), mutates_args=())
+def _moe_unpermute(y: Tensor, place: Tensor, token: Tensor, top_k: int, weight: Tensor | None) -> Tensor:
+    return _combine(y, place, top_k, weight)
+
+
+@_moe_permute.register_fake
+def _(x: Tensor, topk_ids: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    pairs = topk_ids.shape[0] * topk_ids.shape[1]
+    return (
+        x.new_empty(pairs, x.shape[1]), x.new_empty(n_experts + 1, dtype=torch.int32), topk_ids.new_empty(pairs),
+        topk_ids.new_empty(pairs),
+    )  # fmt: skip
+
+
+@_moe_unpermute.register_fake
+def _(y: Tensor, place: Tensor, token: Tensor, top_k: int, weight: Tensor | None) -> Tensor:
+    return y.new_empty(place.shape[0] // top_k, y.shape[1])
+
+
+def _permute_setup(ctx, inputs, output) -> None:
+    _, *plan = output
+    ctx.top_k = inputs[1].shape[1]
+    ctx.mark_non_differentiable(*plan)
+    ctx.save_for_backward(*plan[1:])
+
+
+def _permute_backward(ctx, drows, *_):
+    return _moe_unpermute(drows, *ctx.saved_tensors, ctx.top_k, None), None, None
+
+
+def _unpermute_setup(ctx, inputs, output) -> None:
+    y, place, token, _, weight = inputs
+    ctx.save_for_backward(y, place, token, weight)
+
+
+def _unpermute_backward(ctx, dout):
+    """A token's gradient goes to all its rows; a weight's is the product of its row with it."""
+    y, place, token, weight = ctx.saved_tensors
+    dy = dout[token]
+    if weight is None:
+        return dy, None, None, None, None
+    wide = torch.promote_types(y.dtype, torch.float32)
+    dweight = (dy.to(wide) * y.to(wide)).sum(-1).to(weight.dtype)[place].view_as(weight)
+    rows = torch.empty_like(place).scatter_(0, place, torch.arange(place.shape[0], device=place.device))
+    return (dy * weight.flatten()[rows].unsqueeze(1)).to(y.dtype), None, None, None, dweight
+
+
+_moe_permute.register_autograd(_permute_backward, setup_context=_permute_setup)
+_moe_unpermute.register_autograd(_unpermute_backward, setup_context=_unpermute_setup)
+
+
+# --- public ops -------------------------------------------------------------------------------------------------------
+
+
+class MoePlan(NamedTuple):
+    """Rows of (token, slot) pairs sorted by expert, a token's pairs in the order of tokens within an expert.
+
+    offsets int32 [E + 1]: starts of the experts' segments; place int64 [T * k]: row of each pair; token int64 [T * k]:
+    token of each row.
+    """
+
+    offsets: Tensor
+    place: Tensor
+    token: Tensor
+
+
+def _check_ids(topk_ids: Tensor, tokens: int | None) -> None:
+    check_shape("topk_ids", topk_ids, (tokens, None))
+    if topk_ids.dtype != torch.int64:
+        raise TypeError(f"topk_ids: got {topk_ids.dtype}, allowed is torch.int64")
+    if topk_ids.shape[1] == 0:
+        raise ValueError(f"topk_ids: got shape {tuple(topk_ids.shape)}, allowed is one expert a token or more")
+
+
+def moe_permute(x: Tensor, topk_ids: Tensor, n_experts: int) -> tuple[Tensor, MoePlan]:
+    """x [T, D], topk_ids [T, k] int64 below n_experts -> rows [T * k, D] sorted by expert, without padding, and the
+    plan, whose offsets are what `grouped_gemm` takes. Differentiable in x.
+
+    Raises TypeError for a dtype that is no float or ids that are not int64, ValueError when shapes disagree.
+    """
+    check_float("x", x)
+    check_shape("x", x, (None, None))
+    _check_ids(topk_ids, x.shape[0])
+    rows, *plan = _moe_permute(x, topk_ids, n_experts)
+    return rows, MoePlan(*plan)
+
+
+def moe_unpermute(y: Tensor, plan: MoePlan, topk_weight: Tensor) -> Tensor:
+    """y [T * k, D] in the plan's order, topk_weight [T, k] -> [T, D]: each token's rows times their weights, summed, in
+    y's dtype. Differentiable in y and topk_weight.
+
+    Raises TypeError for a dtype that is no float, ValueError when shapes disagree.
+    """
+    check_float("y", y)
+    check_float("topk_weight", topk_weight)
+    check_shape("topk_weight", topk_weight, (None, None))
+    check_shape("plan.place", plan.place, (topk_weight.numel(),))
+    check_shape("y", y, (topk_weight.numel(), None))
+    return _moe_unpermute(y, plan.place, plan.token, topk_weight.shape[1], topk_weight)
 
 
 def moe_experts(x: Tensor, topk_ids: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
@@ -321,10 +438,8 @@ def moe_experts(x: Tensor, topk_ids: Tensor, topk_weight: Tensor, w_gate_up: Ten
     check_shape("w_down", w_down, (None, width, None))
     experts, _, inner = w_down.shape
     check_shape("w_gate_up", w_gate_up, (experts, 2 * inner, width))
-    check_shape("topk_ids", topk_ids, (tokens, None))
+    _check_ids(topk_ids, tokens)
     check_shape("topk_weight", topk_weight, tuple(topk_ids.shape))
-    if topk_ids.dtype != torch.int64:
-        raise TypeError(f"topk_ids: got {topk_ids.dtype}, allowed is torch.int64")
     dtype = compute_dtype(x)
     out, *_ = _moe_experts(x.to(dtype), topk_ids, topk_weight, w_gate_up.to(dtype), w_down.to(dtype))
     return out.to(x.dtype)

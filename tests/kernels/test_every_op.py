@@ -37,6 +37,11 @@ def _smoothed_cross_entropy(x: Tensor, weight: Tensor) -> Tensor:
     return kernels.linear_cross_entropy(x, weight, TARGETS, label_smoothing=0.2, z_loss=0.1)
 
 
+def _permute_and_back(x: Tensor, weight: Tensor) -> Tensor:
+    rows, plan = kernels.moe_permute(x, IDS, 4)
+    return kernels.moe_unpermute(rows.sin(), plan, weight)
+
+
 def _attention_inputs() -> list[Tensor]:
     return [torch.randn(TOKENS, 2, 6), torch.randn(TOKENS, 2, 6), torch.randn(TOKENS, 2, 4)]
 
@@ -71,6 +76,7 @@ CASES: dict[str, tuple[Op, Inputs]] = {
         lambda x, w: kernels.grouped_gemm(x, w, OFFSETS),
         lambda: [torch.randn(TOKENS, 5), torch.randn(4, 6, 5)],
     ),
+    "permutation": (_permute_and_back, lambda: [torch.randn(TOKENS, 5), torch.rand(TOKENS, 2)]),
     "experts": (
         lambda x, weight, w_gate_up, w_down: kernels.moe_experts(x, IDS, weight, w_gate_up, w_down),
         lambda: [torch.randn(TOKENS, 5), torch.rand(TOKENS, 2), torch.randn(4, 6, 5), torch.randn(4, 5, 3)],
@@ -88,6 +94,7 @@ TRITON = {
     "smoothed cross-entropy",
     "experts",
     "grouped product",
+    "permutation",
     "rms_norm",
     "rms_norm with a residual",
     "swiglu",

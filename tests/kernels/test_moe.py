@@ -10,7 +10,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minids_kernels import _launch, moe_experts, moe_experts_reference, moe_gate
+from minids_kernels import (
+    _launch,
+    grouped_gemm,
+    moe_experts,
+    moe_experts_reference,
+    moe_gate,
+    moe_permute,
+    moe_unpermute,
+)
 from minids_kernels._ops import ops
 from minids_kernels.moe import ALIGN
 from torch import Tensor
@@ -143,7 +151,12 @@ def test_what_is_kept_for_the_backward(device: torch.device) -> None:
     tokens, width, inner, experts, top_k = 90, 16, 32, 4, 2
     x, weight, wg, wd = (t.to(device).requires_grad_() for t in inputs(tokens, width, inner, experts, top_k))
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         moe_experts(x, route(tokens, experts, top_k).to(device), weight, wg, wd)
     given = {t.data_ptr() for t in (x, weight, wg, wd)}
     extra = sum(t.numel() for t in kept if t.is_floating_point() and t.data_ptr() not in given)
@@ -172,9 +185,47 @@ def test_tokens_do_not_meet(device: torch.device) -> None:
         assert torch.equal(one[1:], two[1:]) and not torch.equal(one[0], two[0])
 
 
+@pytest.mark.parametrize("mode", ["fp64", "fp32", "fp16"])
+@pytest.mark.parametrize("size", [(0, 8, 4, 2), (23, 17, 5, 3), (40, 24, 1, 1)], ids=str)
+def test_permuted_products_agree_with_a_loop(size: tuple[int, int, int, int], mode: str, device: torch.device) -> None:
+    """moe_permute, grouped_gemm, moe_unpermute against sum_j weight[t, j] * w[ids[t, j]] @ x[t]."""
+    tokens, width, experts, top_k = size
+    ids = route(tokens, experts, top_k)
+
+    def op(x: Tensor, weight: Tensor, w: Tensor) -> Tensor:
+        rows, plan = moe_permute(x, ids.to(x.device), experts)
+        return moe_unpermute(grouped_gemm(rows, w, plan.offsets), plan, weight)
+
+    def loop(x: Tensor, weight: Tensor, w: Tensor) -> Tensor:
+        return (weight[:, :, None] * (w[ids.to(w.device)] @ x[:, None, :, None]).squeeze(-1)).sum(1)
+
+    tensors = [torch.randn(tokens, width), torch.rand(tokens, top_k) + 0.1, torch.randn(experts, width, width)]
+    tensors[2] /= math.sqrt(width)
+    check(op, loop, tensors, mode, roundings=6, length=4 * max(width, tokens), device=device)
+
+
+def test_plan(device: torch.device) -> None:
+    """By hand: rows of one expert in the order of tokens."""
+    ids = torch.tensor([[2, 0], [2, 3], [0, 2]], device=device)
+    x = torch.arange(3.0, device=device)[:, None]
+    rows, plan = moe_permute(x, ids, 5)
+    assert plan.offsets.tolist() == [0, 2, 2, 5, 6, 6]
+    assert plan.token.tolist() == rows[:, 0].tolist() == [0, 2, 0, 1, 2, 1]
+    assert plan.place.tolist() == [2, 0, 3, 5, 1, 4]
+
+
+def test_permutations_are_registered_well(device: torch.device) -> None:
+    x, weight = torch.randn(7, 12, device=device).requires_grad_(), torch.rand(7, 2, device=device).requires_grad_()
+    ids = route(7, 4, 2).to(device)
+    opcheck(ops.moe_permute.default, (x, ids, 4))
+    rows, _, place, token = ops.moe_permute(x, ids, 4)
+    opcheck(ops.moe_unpermute.default, (rows.detach().requires_grad_(), place, token, 2, weight))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
+        ({"topk_ids": torch.zeros(3, 0).long()}, ValueError, r"topk_ids: got shape \(3, 0\), allowed is one expert"),
         ({"x": torch.zeros(3, 4).int()}, TypeError, "x: got torch.int32"),
         ({"x": torch.zeros(12)}, ValueError, r"x: got shape \(12,\), allowed is \(any, any\)"),
         ({"w_down": torch.zeros(4, 6)}, ValueError, r"w_down: got shape \(4, 6\), allowed is \(any, 4, any\)"),
