@@ -198,9 +198,9 @@ def _fp8_gemm_persistent_kernel(
     X_BLOCKS: tl.constexpr, Y_BLOCKS: tl.constexpr, ADD: tl.constexpr,
     STRIPE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """As many programs as multiprocessors, each with the tiles that lie that many apart. Its warps are specialised: one group keeps
-    fetching, two multiply half a tile each, and while one of them adds up, the other has the tensor cores. The compiler
-    does not pipeline the loads of scales there, so folded ones are carried a step ahead."""
+    """A program a multiprocessor takes the tiles that lie that many apart. Its warps are specialised: one keeps
+    fetching, two groups of four multiply half a tile each, and while one of them adds up, the other has the tensor
+    cores. The compiler does not pipeline the loads of scales there, so folded ones are carried a step ahead."""
     x_tiles = tl.make_tensor_descriptor(x, [P, K], [x_stride, 1], [BLOCK_P, BLOCK_K])
     y_tiles = tl.make_tensor_descriptor(y, [Q, K], [y_stride, 1], [BLOCK_Q, BLOCK_K])
     FOLDED: tl.constexpr = X_BLOCKS or Y_BLOCKS
