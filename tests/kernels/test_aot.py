@@ -31,6 +31,9 @@ PRODUCTS: dict[str, str] = {
     "_grouped_gemm_kernel": "bf16",
     "_grouped_gemm_small_kernel": "bf16",
     "_grouped_outer_kernel": "bf16",
+    "_mla_attention_fwd_kernel": "bf16",
+    "_mla_attention_dq_kernel": "bf16",
+    "_mla_attention_dkdv_kernel": "bf16",
 }
 
 # kernels that fetch by bulk tensor copies; older chips, which have none, get others

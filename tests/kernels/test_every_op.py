@@ -90,6 +90,9 @@ CASES: dict[str, tuple[Op, Inputs]] = {
 
 # those that have Triton kernels
 TRITON = {
+    "attention",
+    "attention, both ways",
+    "attention, shared keys",
     "cross-entropy",
     "smoothed cross-entropy",
     "experts",

@@ -82,13 +82,15 @@ def test_agrees_with_torch(lengths: list[int], causal: bool, mode: str, device: 
 
 
 # V3's, a mini model's, two parts of which one is ragged, one part ragged, the two widths far apart, single columns
-WIDTHS = [(192, 128), (48, 32), (40, 24), (24, 8), (16, 128), (136, 1), (1, 5)]
+WIDTHS = [
+    (192, 128, "fp16"), (48, 32, "fp16"), (48, 32, "fp32"), (40, 24, "fp32"), (24, 8, "fp16"), (16, 128, "fp16"),
+    (136, 1, "fp16"), (1, 5, "fp16"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", ["fp32", "fp16"])
-@pytest.mark.parametrize(("width", "v_width"), WIDTHS)
+@pytest.mark.parametrize(("width", "v_width", "mode"), WIDTHS)
 def test_widths(width: int, v_width: int, mode: str, device: torch.device) -> None:
-    """Keys of all heads and shared ones take turns, since all are kernels' constants of the same kind."""
+    """Shared keys, shared values, both and neither take turns."""
     cu_seqlens, causal = cumulative([35, 0, 66]), width != 48
     key_heads, value_heads = (1 if width in (192, 40) else HEADS), (1 if width in (192, 24) else HEADS)
     tensors = [torch.randn(101, heads, last) for heads, last in ((HEADS, width), (key_heads, width))]
