@@ -105,13 +105,15 @@ def test_segments_do_not_meet(counts: list[int], device: torch.device) -> None:
     offsets = offsets_of(counts, device)
     mine = torch.ones(sum(counts) + 4, dtype=torch.bool, device=device)
     mine[counts[0] : counts[0] + counts[1]] = False
-    poisoned = tensors[0].clone()
+    poisoned, dout = tensors[0].clone(), torch.randn(len(mine), 24, device=device)
     poisoned[~mine] = torch.nan
-    out, (dx, dw) = run(lambda x, w: grouped_gemm(x, w, offsets), tensors)
-    out2, (dx2, dw2) = run(lambda x, w: grouped_gemm(x, w, offsets), [poisoned, tensors[1]])
-    assert torch.equal(out[mine], out2[mine]) and torch.equal(dx, dx2)
+    bad_dout = dout.clone()
+    bad_dout[~mine] = torch.nan
+    out, (dx, dw) = run(lambda x, w: grouped_gemm(x, w, offsets), tensors, dout)
+    out2, (dx2, dw2) = run(lambda x, w: grouped_gemm(x, w, offsets), [poisoned, tensors[1]], bad_dout)
+    assert torch.equal(out[mine], out2[mine]) and torch.equal(dx[mine], dx2[mine])
     assert torch.equal(dw[[0, 2]], dw2[[0, 2]])
-    assert out2[~mine].isnan().all() and dw2[1].isnan().all()
+    assert all(t.isnan().all() for t in (out2[~mine], dx2[~mine], dw2[1]))
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
