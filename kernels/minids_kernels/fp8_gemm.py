@@ -7,12 +7,12 @@ scales, the weight gradient two operands with 1x128 scales.
 Tensor cores sum a group (on Hopper with some 14 bits of mantissa), fp32 registers sum the groups. Any M, N, K from 1 (M
 and N from 0), a K tail under 128, any strides. out in bf16, fp16 or fp32.
 
-One program computes one tile of x @ y.T. Few rows of a are made the y side, so that the weights fill the 64 rows of a
-Hopper instruction. Tiles are fetched by tensor descriptors (TMA) from sm_90 on, by pointers before; codes whose rows do
-not lie at multiples of 16 bytes are copied first. On Hopper a tile's products and its fp32 sums take turns. Two ways
-let them overlap, and the launch table says which: PERSISTENT programs with specialised warps (two groups of consumers
-alternate), or tiles small enough for several on a multiprocessor. Chips without e4m3 instructions (sm_80, sm_86) widen
-codes to fp16 in registers, exactly.
+One program computes one tile of x @ y.T. Few rows of a are made the y side (SWAP in the launch table), so that the
+weights fill the 64 rows of a Hopper instruction. Tiles are fetched by tensor descriptors where the table says TMA, else
+by pointers; codes whose rows do not lie at multiples of 16 bytes are copied first. On Hopper a tile's products and its
+fp32 sums take turns. Two ways let them overlap, and the table chooses: PERSISTENT programs with specialised warps (two
+groups of consumers), or tiles small enough for several on a multiprocessor. Chips without e4m3 instructions (sm_80,
+sm_86) widen codes to fp16 in registers, exactly.
 Test: tests/kernels/test_fp8_gemm.py. Benchmark: benchmarks/ops/fp8_gemm.py.
 """
 
@@ -94,33 +94,15 @@ def _scale(scale, start, k, rows, stride, k_stride, BLOCK: tl.constexpr, BLOCKS:
 
 
 @triton.jit
-def _scales(
-    xs, ys, p, q, k, P, Q, xs_stride, xs_k_stride, ys_stride, ys_k_stride,
-    X_BLOCKS: tl.constexpr, Y_BLOCKS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
-):  # fmt: skip
+def _factors(x_scale, y_scale, X_BLOCKS: tl.constexpr, Y_BLOCKS: tl.constexpr):
     """What to multiply a product by, first [1, BLOCK_Q] (1 where nothing is left to do), then [BLOCK_P, 1]: blocks have
     one scale for the whole tile, which is folded into the other operand's."""
-    x = _scale(xs, p, k, P, xs_stride, xs_k_stride, BLOCK_P, X_BLOCKS)
-    y = _scale(ys, q, k, Q, ys_stride, ys_k_stride, BLOCK_Q, Y_BLOCKS)
     if X_BLOCKS:
-        return 1.0, (x * y)[None, :]
+        return 1.0, (x_scale * y_scale)[None, :]
     elif Y_BLOCKS:
-        return 1.0, (x * y)[:, None]
+        return 1.0, (x_scale * y_scale)[:, None]
     else:
-        return y[None, :], x[:, None]
-
-
-@triton.jit
-def _add_product(acc, x, y, first, then, WIDE: tl.constexpr, FOLDED: tl.constexpr):
-    """acc + (x @ y.T) * first * then: the promotion to fp32, a multiply-add a number where scales are FOLDED."""
-    if WIDE:
-        product = tl.dot(_widen(x), _widen(y).T)
-        then *= 65536.0  # 2^8 of either side
-    else:
-        product = tl.dot(x, y.T)
-    if not FOLDED:
-        product *= first
-    return tl.fma(product, then, acc)
+        return y_scale[None, :], x_scale[:, None]
 
 
 @triton.jit
@@ -155,12 +137,19 @@ def _tile(
     """One tile of out [P, Q] = x [P, K] @ y [Q, K].T. STAGES: how many steps of codes and scales are under way."""
     acc = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
     for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        first, then = _scales(
-            xs, ys, p, q, k, P, Q, xs_stride, xs_k_stride, ys_stride, ys_k_stride, X_BLOCKS, Y_BLOCKS, BLOCK_P, BLOCK_Q
-        )  # fmt: skip
+        x_scale = _scale(xs, p, k, P, xs_stride, xs_k_stride, BLOCK_P, X_BLOCKS)
+        y_scale = _scale(ys, q, k, Q, ys_stride, ys_k_stride, BLOCK_Q, Y_BLOCKS)
         left = _load(x, p, k, P, K, x_stride, BLOCK_P, BLOCK_K, TMA)
         right = _load(y, q, k, Q, K, y_stride, BLOCK_Q, BLOCK_K, TMA)
-        acc = _add_product(acc, left, right, first, then, WIDE, X_BLOCKS or Y_BLOCKS)
+        first, then = _factors(x_scale, y_scale, X_BLOCKS, Y_BLOCKS)
+        if WIDE:
+            product = tl.dot(_widen(left), _widen(right).T)
+            then *= 65536.0  # 2^8 of either side
+        else:
+            product = tl.dot(left, right.T)
+        if not (X_BLOCKS or Y_BLOCKS):
+            product *= first
+        acc = tl.fma(product, then, acc)  # the promotion to fp32
     _store(out, acc, p, q, P, Q, p_stride, q_stride, BLOCK_P, BLOCK_Q, ADD)
 
 
@@ -209,20 +198,20 @@ def _fp8_gemm_persistent_kernel(
         p, q = _origin(tile, P, Q, BLOCK_P, BLOCK_Q, STRIPE)
         acc = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
         if FOLDED:
-            _, ahead = _scales(
-                xs, ys, p, q, 0, P, Q,
-                xs_stride, xs_k_stride, ys_stride, ys_k_stride, X_BLOCKS, Y_BLOCKS, BLOCK_P, BLOCK_Q,
-            )  # fmt: skip
+            x_scale = _scale(xs, p, 0, P, xs_stride, xs_k_stride, BLOCK_P, X_BLOCKS)
+            y_scale = _scale(ys, q, 0, Q, ys_stride, ys_k_stride, BLOCK_Q, Y_BLOCKS)
+            _, ahead = _factors(x_scale, y_scale, X_BLOCKS, Y_BLOCKS)
         for k in tl.range(0, K, BLOCK_K):
-            first, then = _scales(
-                xs, ys, p, q, tl.minimum(k + BLOCK_K, K - 1) if FOLDED else k, P, Q,
-                xs_stride, xs_k_stride, ys_stride, ys_k_stride, X_BLOCKS, Y_BLOCKS, BLOCK_P, BLOCK_Q,
-            )  # fmt: skip
+            scaled = tl.minimum(k + BLOCK_K, K - 1) if FOLDED else k
+            x_scale = _scale(xs, p, scaled, P, xs_stride, xs_k_stride, BLOCK_P, X_BLOCKS)
+            y_scale = _scale(ys, q, scaled, Q, ys_stride, ys_k_stride, BLOCK_Q, Y_BLOCKS)
+            product = tl.dot(x_tiles.load([p, k]), y_tiles.load([q, k]).T)
+            first, then = _factors(x_scale, y_scale, X_BLOCKS, Y_BLOCKS)
             if FOLDED:
-                ahead, then = then, ahead
-            left = x_tiles.load([p, k])
-            right = y_tiles.load([q, k])
-            acc = _add_product(acc, left, right, first, then, False, FOLDED)
+                acc = tl.fma(product, ahead, acc)
+                ahead = then
+            else:
+                acc = tl.fma(product * first, then, acc)
         _store(out, acc, p, q, P, Q, p_stride, q_stride, BLOCK_P, BLOCK_Q, ADD)
 
 
@@ -259,10 +248,9 @@ def _triton_gemm(
     if out.numel() == 0:
         return
     a, b = _aligned(a), _aligned(b)
-    generation = _generation(a)
     table = "fp8_gemm" if blocks else "fp8_gemm_wgrad"
     config = dict(_launch.config("fp8_gemm", table, _launch.arch(a), M=a.shape[0], N=b.shape[0]))
-    swap, persistent = config.pop("SWAP", False), config.pop("PERSISTENT", False)
+    swap, persistent, tma = (config.pop(name, False) for name in ("SWAP", "PERSISTENT", "TMA"))
     x, xs, y, ys, out = (b, b_scale, a, a_scale, out.T) if swap else (a, a_scale, b, b_scale, out)
     (rows, width), cols = x.shape, y.shape[0]
     tiles = triton.cdiv(rows, config["BLOCK_P"]) * triton.cdiv(cols, config["BLOCK_Q"])
@@ -273,7 +261,7 @@ def _triton_gemm(
         contextvars.copy_context().run(
             _launch_persistent, grid, x, xs, y, ys, out, rows, cols, width, *pitch, *out.stride(), **meta
         )
-    elif generation >= 90:
+    elif tma:
         x, y = (
             TensorDescriptor(t, list(t.shape), list(t.stride()), [config[block], config["BLOCK_K"]])
             for t, block in ((x, "BLOCK_P"), (y, "BLOCK_Q"))
@@ -283,7 +271,7 @@ def _triton_gemm(
             x, xs, y, ys, out, rows, cols, width, *xs.stride(), *ys.stride(), *out.stride(), **meta,
         )  # fmt: skip
     else:
-        wide = generation < 89
+        wide = _generation(a) < 89
         if wide:
             x, y = x.view(torch.uint8), y.view(torch.uint8)
         _launch.launch(

@@ -1,4 +1,4 @@
-"""Linear layer y = x @ weight.T whose three products are all in fp8 (DeepSeek-V3 report, arXiv 2412.19437, section 3.3).
+"""Linear layer y = x @ weight.T whose three products are all in fp8 (DeepSeek-V3 report, arXiv 2412.19437, 3.3).
 
     y  [M, N] = x  [M, K] in 1x128 tiles    @ weight   in 128x128 blocks
     dx [M, K] = dy [M, N] in 1x128 tiles    @ weight.T in the same blocks, codes transposed

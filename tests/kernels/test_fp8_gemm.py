@@ -24,8 +24,8 @@ WAYS = {
     "pointers, widened": ("sm_80", dict(TILE, BLOCK_P=64, BLOCK_Q=32, BLOCK_K=64, STAGES=2)),
     "pointers": ("sm_89", dict(TILE, BLOCK_P=32, BLOCK_Q=64, STAGES=2)),
     "pointers, swapped": ("sm_89", dict(TILE, SWAP=True, BLOCK_P=64, BLOCK_Q=16, STAGES=2)),
-    "descriptors": ("sm_90", dict(TILE, BLOCK_P=64, BLOCK_Q=128, STAGES=2)),
-    "descriptors, swapped": ("sm_90", dict(TILE, SWAP=True, BLOCK_P=128, BLOCK_Q=16, STAGES=2)),
+    "descriptors": ("sm_90", dict(TILE, TMA=True, BLOCK_P=64, BLOCK_Q=128, STAGES=2)),
+    "descriptors, swapped": ("sm_90", dict(TILE, TMA=True, SWAP=True, BLOCK_P=128, BLOCK_Q=16, STAGES=2)),
     "persistent": ("sm_90", dict(TILE, PERSISTENT=True, BLOCK_P=64, BLOCK_Q=64)),
     "persistent, swapped": ("sm_90", dict(TILE, PERSISTENT=True, SWAP=True, BLOCK_P=64, BLOCK_Q=32)),
 }
