@@ -145,7 +145,7 @@ def advice(facts: Facts) -> list[str]:
     if ops is None:
         lines.append("minids_kernels cannot be imported: pip install -c constraints.txt -e . in the checkout")
     elif not any("triton" in kinds for kinds in ops.values()):
-        lines.append("no Triton kernels yet: on CPU and CUDA alike every op runs as PyTorch; nothing to install")
+        lines.append("no Triton here: on CPU and CUDA alike every op runs as PyTorch")
     if not gpus:
         lines.append("no CUDA GPU: training runs on the CPU, which is enough for quickstart")
     memory, disk = facts["machine"]["memory_bytes"], facts["machine"]["free_disk_bytes"]
