@@ -5,19 +5,37 @@ section 2.1.2; FlashMLA's calling convention), so a cached token is one row of D
 latent, which is key and value at once, and its rotated key. With L = seq_lens[b] and row j of sequence b at
 kv_cache[block_table[b, j // page], j % page]:
     out[b, i, h] = sum_j softmax_j(scale * q[b, i, h] . row_j) row_j[:v_dim],  j < L, and j <= L - S + i when causal.
+A query that sees no row (L = 0, or causal and L < S - i) gives out 0 and lse +inf.
+
+Triton: a tile's rows are (token, head) pairs of one sequence, so few heads fill it with several tokens; a block of
+cached rows is loaded once and serves as key and as value. Work is shared out as FlashMLA does it
+(github.com/deepseek-ai/FlashMLA, docs/20250422-new-kernel-deep-dive.md): the sequences' blocks lie end to end, every
+program takes an equal stretch of them, and sequences that a border cuts are put together by a second kernel from fp32
+partial results (flash decoding). Each program works its stretch out from seq_lens, so the grid depends on no length:
+nothing waits for the host, and a CUDA graph stays right when lengths change. No atomics: the same bits every time.
+Rows behind a sequence's length are never loaded. bf16 and fp16 with v_dim to 512, fp32 with v_dim to 128, Dr to 64;
+wider rows, and fp64, take the PyTorch path.
 
 The PyTorch path reads pages that follow each other in place, without a copy, and treats sequences of one length as one
-batch. Test: tests/kernels/test_mla_decode.py.
+batch. Test: tests/kernels/test_mla_decode.py. Benchmark: benchmarks/ops/mla_decode.py.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from . import _launch
 from ._checks import check_float, check_shape
+from ._launch import tl, triton
+from ._ops import add_op_namespace_prefix
 
 __all__ = ["mla_decode", "mla_decode_reference"]
+
+MAX_V_DIM, MAX_V_DIM_FP32, MAX_REST = 512, 128, 64  # what a kernel's tile holds of a row
+SEQUENCE_COST = 2  # blocks that beginning a sequence counts as (its query, its output) when work is shared out
 
 
 def mla_decode_reference(
@@ -26,22 +44,232 @@ def mla_decode_reference(
     """fp32, one sequence and one query token after the other; shapes as `mla_decode`."""
     batch, new, heads, _ = q.shape
     page = kv_cache.shape[1]
-    out = torch.zeros(batch, new, heads, v_dim)
-    lse = torch.zeros(batch, new, heads)
+    out = q.new_zeros(batch, new, heads, v_dim, dtype=torch.float32)
+    lse = torch.full_like(out[..., 0], torch.inf)
     for b, length in enumerate(seq_lens.tolist()):
-        rows = torch.stack([kv_cache[block_table[b, j // page], j % page] for j in range(length)]).float()
         for i in range(new):
-            seen = rows[: length - new + i + 1] if causal else rows
-            scores = scale * (q[b, i].float() @ seen.T)
-            lse[b, i] = scores.logsumexp(-1)
-            out[b, i] = scores.softmax(-1) @ seen[:, :v_dim]
+            seen = length - new + i + 1 if causal else length
+            if seen > 0:
+                rows = torch.stack([kv_cache[block_table[b, j // page], j % page] for j in range(seen)]).float()
+                scores = scale * (q[b, i].float() @ rows.T)
+                lse[b, i] = scores.logsumexp(-1)
+                out[b, i] = scores.softmax(-1) @ rows[:, :v_dim]
     return out.to(q.dtype), lse
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _shares(
+    seq_lens_ptr, batch, room, parts,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, LEAST: tl.constexpr, SEQUENCE_COST: tl.constexpr,
+):  # fmt: skip
+    """Units of work of each sequence [BLOCK_B], and of each part. Lengths outside 0..room count as the nearer end."""
+    sequence = tl.arange(0, BLOCK_B)
+    length = tl.load(seq_lens_ptr + sequence, mask=sequence < batch, other=0)
+    blocks = tl.cdiv(tl.minimum(tl.maximum(length, 0), room).to(tl.int32), BLOCK_N)
+    units = tl.where(sequence < batch, blocks + SEQUENCE_COST, 0)
+    return units, tl.maximum(tl.cdiv(tl.sum(units, axis=0), parts), LEAST)
+
+
+@triton.jit
+def _mla_decode_kernel(
+    q_ptr, cache_ptr, table_ptr, seq_lens_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
+    batch, rows, heads, new, room, page, page_stride, table_stride, score_scale,
+    CAUSAL: tl.constexpr, V_DIM: tl.constexpr, REST: tl.constexpr, ROW_STRIDE: tl.constexpr, SMALL_PAGE: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    LEAST: tl.constexpr, SEQUENCE_COST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (m, p): query rows m * BLOCK_M.. of every sequence of which part p has blocks. q [batch, rows, V_DIM +
+    REST] and out [batch, rows, V_DIM] contiguous, rows = new * heads; score_scale includes log2(e). A sequence that
+    began in an earlier part leaves its partial result at [p], one that goes on in the next at [parts + p]; with
+    partial_lse in units of log2. SMALL_PAGE: the page's rows where a block crosses pages, else 0."""
+    part = tl.program_id(1)
+    parts = tl.num_programs(1)
+    units, share = _shares(seq_lens_ptr, batch, room, parts, BLOCK_B, BLOCK_N, LEAST, SEQUENCE_COST)
+    ends = tl.cumsum(units, axis=0)
+    start = part * share
+    first = tl.sum((ends <= start).to(tl.int32), axis=0)
+    last = tl.minimum(tl.sum((ends - units < start + share).to(tl.int32), axis=0), batch)
+    unit = tl.sum(tl.where(ends <= start, units, 0), axis=0) - start  # where a sequence begins, seen from the part
+
+    cols = tl.arange(0, BLOCK_C)
+    rest_cols = V_DIM + tl.arange(0, BLOCK_R)
+    in_block = tl.arange(0, BLOCK_N)
+    in_tile = tl.arange(0, BLOCK_M)
+    tile = tl.program_id(0) * BLOCK_M
+    is_row = in_tile < rows - tile
+    is_latent = is_row[:, None]
+    if BLOCK_C > V_DIM:
+        is_latent = is_latent & (cols < V_DIM)[None, :]
+    width: tl.constexpr = V_DIM + REST
+
+    # disable_licm: the query's addresses in shared memory must not be kept in registers, all of which acc needs
+    for step in tl.range(last - first, disable_licm=True):
+        sequence = first + step
+        length = tl.minimum(tl.maximum(tl.load(seq_lens_ptr + sequence), 0), room).to(tl.int32)
+        blocks = tl.cdiv(length, BLOCK_N)
+        begin = tl.maximum(-unit - SEQUENCE_COST, 0)
+        end = tl.minimum(share - unit - SEQUENCE_COST, blocks)
+        began = unit < 0  # in an earlier part
+        goes_on = unit + SEQUENCE_COST + blocks > share
+        unit += SEQUENCE_COST + blocks
+
+        seen = tl.full((BLOCK_M,), 0, tl.int32) + length
+        all_seen = length  # blocks that end before it need no mask
+        if CAUSAL:
+            seen = tl.minimum(length - new + (tile + in_tile) // heads + 1, length)
+            all_seen = length - new + 1
+        before = sequence.to(tl.int64) * rows + tile  # rows before this tile
+        q_tile = q_ptr + before * width + in_tile[:, None] * width
+        q = tl.load(q_tile + cols[None, :], mask=is_latent, other=0.0)
+        if REST > 0:
+            q_rest_mask = is_row[:, None] & (rest_cols < width)[None, :]
+            q_rest = tl.load(q_tile + rest_cols[None, :], mask=q_rest_mask, other=0.0)
+        largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+        pages = table_ptr + sequence.to(tl.int64) * table_stride
+        for block in tl.range(begin, end, disable_licm=True):
+            token = block * BLOCK_N + in_block
+            valid = token < length
+            if SMALL_PAGE > 0:
+                number = tl.load(pages + token // SMALL_PAGE, mask=valid, other=0).to(tl.int64)
+                place = cache_ptr + number * page_stride + (token % SMALL_PAGE) * ROW_STRIDE
+            else:
+                number = tl.load(pages + block * BLOCK_N // page).to(tl.int64)
+                place = cache_ptr + number * page_stride + (block * BLOCK_N % page).to(tl.int64) * ROW_STRIDE
+                place += in_block * ROW_STRIDE
+            kv_mask = valid[:, None]
+            if BLOCK_C > V_DIM:
+                kv_mask = kv_mask & (cols < V_DIM)[None, :]
+            kv = tl.load(place[:, None] + cols[None, :], mask=kv_mask, other=0.0)
+            # Two products that are not summed into one, and a mask behind a branch: otherwise Triton takes them for
+            # links of a chain that ends in acc, and has both halves of the warps compute the same scores.
+            scores = tl.dot(q, tl.trans(kv), input_precision=PRECISION) * score_scale
+            if REST > 0:
+                rest_mask = valid[:, None] & (rest_cols < width)[None, :]
+                k_rest = tl.load(place[:, None] + rest_cols[None, :], mask=rest_mask, other=0.0)
+                scores += tl.dot(q_rest, tl.trans(k_rest), input_precision=PRECISION) * score_scale
+            if (block + 1) * BLOCK_N > all_seen:
+                scores = tl.where(token[None, :] < seen[:, None], scores, float("-inf"))
+            larger = tl.maximum(largest, tl.max(scores, axis=1))
+            shift = tl.where(larger == float("-inf"), 0.0, larger)  # nothing seen yet: -inf - -inf would be NaN
+            p = tl.exp2(scores - shift[:, None])
+            kept = tl.exp2(largest - shift)
+            total = total * kept + tl.sum(p, axis=1)
+            acc = tl.dot(p.to(kv.dtype), kv, acc * kept[:, None], input_precision=PRECISION)
+            largest = larger
+
+        acc = acc * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
+        lse = largest + tl.log2(total)
+        place_out = in_tile[:, None] * V_DIM + cols[None, :]
+        if began | goes_on:
+            slot = tl.where(began, part, parts + part).to(tl.int64) * rows + tile
+            tl.store(partial_ptr + slot * V_DIM + place_out, acc, mask=is_latent)
+            tl.store(partial_lse_ptr + slot + in_tile, lse, mask=is_row)
+        else:
+            tl.store(out_ptr + before * V_DIM + place_out, acc.to(out_ptr.dtype.element_ty), mask=is_latent)
+            lse = tl.where(total == 0.0, float("inf"), lse * 0.6931471805599453)
+            tl.store(lse_ptr + before + in_tile, lse, mask=is_row)
+
+
+@triton.jit
+def _mla_decode_combine_kernel(
+    partial_ptr, partial_lse_ptr, seq_lens_ptr, out_ptr, lse_ptr, batch, rows, room, parts,
+    V_DIM: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, LEAST: tl.constexpr,
+    SEQUENCE_COST: tl.constexpr, SLOTS: tl.constexpr, NUMBERS: tl.constexpr,
+):  # fmt: skip
+    """Program (i, b): numbers i * NUMBERS.. of the [rows, V_DIM] outputs of sequence b, if several parts had blocks of
+    it: their partial results weighted by exp2(lse), SLOTS parts at a time."""
+    sequence = tl.program_id(1)
+    units, share = _shares(seq_lens_ptr, batch, room, parts, BLOCK_B, BLOCK_N, LEAST, SEQUENCE_COST)
+    index = tl.arange(0, BLOCK_B)
+    begin = tl.sum(tl.where(index < sequence, units, 0), axis=0)
+    end = tl.sum(tl.where(index <= sequence, units, 0), axis=0)
+    first = begin // share
+    last = (end - 1) // share
+    if first < last:
+        number = tl.program_id(0) * NUMBERS + tl.arange(0, NUMBERS)
+        row = number // V_DIM
+        is_number = row < rows
+        largest = tl.full((NUMBERS,), float("-inf"), tl.float32)
+        total = tl.zeros((NUMBERS,), tl.float32)
+        acc = tl.zeros((NUMBERS,), tl.float32)
+        for part in tl.range(first, last + 1, SLOTS):
+            parts_here = part + tl.arange(0, SLOTS)
+            slot = tl.where(parts_here == first, parts + first, parts_here).to(tl.int64)[:, None]
+            mask = (parts_here <= last)[:, None] & is_number[None, :]
+            lse = tl.load(partial_lse_ptr + slot * rows + row[None, :], mask=mask, other=float("-inf"))
+            values = tl.load(partial_ptr + slot * rows * V_DIM + number[None, :], mask=mask, other=0.0)
+            larger = tl.maximum(largest, tl.max(lse, axis=0))
+            shift = tl.where(larger == float("-inf"), 0.0, larger)
+            weight = tl.exp2(lse - shift[None, :])
+            kept = tl.exp2(largest - shift)
+            total = total * kept + tl.sum(weight, axis=0)
+            acc = acc * kept + tl.sum(weight * values, axis=0)
+            largest = larger
+        acc = acc / tl.where(total == 0.0, 1.0, total)
+        place = sequence.to(tl.int64) * rows * V_DIM + number
+        tl.store(out_ptr + place, acc.to(out_ptr.dtype.element_ty), mask=is_number)
+        lse = tl.where(total == 0.0, float("inf"), (largest + tl.log2(total)) * 0.6931471805599453)
+        tl.store(lse_ptr + sequence.to(tl.int64) * rows + row, lse, mask=is_number & (number % V_DIM == 0))
+
+
+# --- launchers --------------------------------------------------------------------------------------------------------
+
+
+def _triton_decode(
+    q: Tensor, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, v_dim: int, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    batch, new, heads, width = q.shape
+    rows, page = new * heads, kv_cache.shape[1]
+    q, seq_lens = q.contiguous(), seq_lens.contiguous()
+    block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
+    kv_cache = kv_cache if kv_cache.stride(2) == 1 else kv_cache.contiguous()
+    out = q.new_empty(batch, new, heads, v_dim)
+    lse = q.new_empty(batch, new, heads, dtype=torch.float32)
+    kernel = "mla_decode_fp32" if q.dtype == torch.float32 else "mla_decode"
+    arch = _launch.arch(q)
+    config = dict(_launch.config("mla_decode", kernel, arch, rows=rows, v_dim=v_dim))
+    block_n, least = config["BLOCK_N"], config["LEAST"]
+    tiles = triton.cdiv(rows, config["BLOCK_M"])
+    room = block_table.shape[1] * page
+    most = batch * (triton.cdiv(room, block_n) + SEQUENCE_COST)  # units of work if all pages were full
+    programs = config.pop("PROGRAMS_PER_SM") * _launch.multiprocessors(q)
+    parts = max(1, min(programs // max(tiles, 1), triton.cdiv(most, least)))
+    partial = q.new_empty(2 * parts, rows, v_dim, dtype=torch.float32)
+    partial_lse = q.new_empty(2 * parts, rows, dtype=torch.float32)
+    shares = dict(V_DIM=v_dim, BLOCK_B=max(16, triton.next_power_of_2(batch)), SEQUENCE_COST=SEQUENCE_COST)
+    _launch.launch(
+        _mla_decode_kernel, (tiles, parts if batch else 0),
+        q, kv_cache, block_table, seq_lens, out, lse, partial, partial_lse,
+        batch, rows, heads, new, room, page, kv_cache.stride(0), block_table.stride(0),
+        scale * math.log2(math.e),
+        CAUSAL=causal, REST=width - v_dim, ROW_STRIDE=kv_cache.stride(1), SMALL_PAGE=page if page % block_n else 0,
+        BLOCK_C=max(16, triton.next_power_of_2(v_dim)), BLOCK_R=max(16, triton.next_power_of_2(width - v_dim)),
+        PRECISION="ieee" if torch.version.hip else "tf32x3", **shares, **config,
+    )  # fmt: skip
+    if parts > 1:
+        combine = _launch.config("mla_decode", "mla_decode_combine", arch, batch=batch)
+        _launch.launch(
+            _mla_decode_combine_kernel, (triton.cdiv(rows * v_dim, combine["NUMBERS"]), batch),
+            partial, partial_lse, seq_lens, out, lse, batch, rows, room, parts,
+            BLOCK_N=block_n, LEAST=least, **shares, **combine,
+        )  # fmt: skip
+    return out, lse
+
+
+# --- PyTorch path -----------------------------------------------------------------------------------------------------
 
 
 def _rows(kv_cache: Tensor, block_table: Tensor, length: int) -> Tensor:
     """[B, length, Dc + Dr]: the first `length` rows of each sequence, in place where the pages follow each other."""
     table = block_table[:, : -(-length // kv_cache.shape[1])]
     pages = table.flatten().tolist()
+    if not pages:
+        return kv_cache.new_empty(len(table), 0, kv_cache.shape[2])
     if pages == list(range(pages[0], pages[0] + len(pages))):
         rows = kv_cache[pages[0] : pages[0] + len(pages)]
     else:
@@ -50,45 +278,87 @@ def _rows(kv_cache: Tensor, block_table: Tensor, length: int) -> Tensor:
 
 
 def _attend(q: Tensor, rows: Tensor, v_dim: int, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """q [B, S, H, W] over rows [B, L, W] -> out [B, S, H, v_dim], lse [B, S, H] fp32."""
+    """q [B, S, H, W] over rows [B, L, W] -> out [B, S, H, v_dim], lse [B, S, H] fp32 (fp64 for fp64)."""
     batch, new, heads, width = q.shape
     length = rows.shape[1]
-    scores = torch.bmm(q.reshape(batch, new * heads, width), rows.transpose(1, 2)).float().mul_(scale)
+    scores = torch.bmm(q.reshape(batch, new * heads, width), rows.transpose(1, 2))
+    scores = scores.to(torch.promote_types(q.dtype, torch.float32)).mul_(scale)
     if causal and new > 1:
         hidden = torch.ones(new, length, dtype=torch.bool, device=q.device).triu_(length - new + 1)
         scores.view(batch, new, heads, length).masked_fill_(hidden.unsqueeze(1), -torch.inf)
     lse = scores.logsumexp(-1, keepdim=True)
+    if length < new or length == 0:
+        lse.masked_fill_(lse == -torch.inf, torch.inf)  # weights of what sees nothing: exp(-inf - inf) = 0
     out = torch.bmm(scores.sub_(lse).exp_().to(rows.dtype), rows[..., :v_dim])
     return out.view(batch, new, heads, v_dim), lse.view(batch, new, heads)
 
 
-def mla_decode(
-    q: Tensor, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, v_dim: int, scale: float, causal: bool = True
+def _torch_decode(
+    q: Tensor, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, v_dim: int, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """q [B, S, H, Dc + Dr] (S new tokens each), kv_cache [pages, page, Dc + Dr], block_table [B, P] page numbers,
-    seq_lens [B] rows of each sequence, the S new ones among them -> out [B, S, H, v_dim] in q's dtype, lse [B, S, H]
-    fp32 (natural log of the softmax's denominator).
-
-    For inference: not registered with autograd. Raises TypeError for dtypes that differ or are no floats, ValueError
-    when shapes disagree, a sequence is shorter than S or longer than its pages, or v_dim exceeds the row.
-    """
-    check_float("q", q)
-    batch, new, _, width = q.shape
-    check_shape("kv_cache", kv_cache, (None, None, width))
-    check_shape("block_table", block_table, (batch, None))
-    check_shape("seq_lens", seq_lens, (batch,))
-    if kv_cache.dtype != q.dtype:
-        raise TypeError(f"kv_cache: got {kv_cache.dtype}, allowed is q's {q.dtype}")
-    if not 0 < v_dim <= width:
-        raise ValueError(f"v_dim: got {v_dim}, allowed is 1 to the row's {width}")
     lengths = seq_lens.tolist()
     room = block_table.shape[1] * kv_cache.shape[1]
-    if any(not new <= length <= room for length in lengths):
-        raise ValueError(f"seq_lens: got {lengths[:8]}, allowed is {new} (new tokens) to {room} (rows of the pages)")
-    if len(set(lengths)) == 1:
-        return _attend(q, _rows(kv_cache, block_table, lengths[0]), v_dim, scale, causal)
+    if any(not 0 <= length <= room for length in lengths):
+        raise ValueError(f"seq_lens: got {lengths[:8]}, allowed is 0 to {room} (rows of the pages)")
+    if len(set(lengths)) < 2:
+        return _attend(q, _rows(kv_cache, block_table, max(lengths, default=0)), v_dim, scale, causal)
     parts = [
         _attend(q[b : b + 1], _rows(kv_cache, block_table[b : b + 1], length), v_dim, scale, causal)
         for b, length in enumerate(lengths)
     ]
     return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
+
+
+# --- registration -----------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op(add_op_namespace_prefix("mla_decode"), mutates_args=())
+def _mla_decode(
+    q: Tensor, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, v_dim: int, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    most = MAX_V_DIM_FP32 if q.dtype == torch.float32 else MAX_V_DIM
+    fits = v_dim <= most and q.shape[3] - v_dim <= MAX_REST
+    decode = _triton_decode if fits and _launch.use_triton(q) else _torch_decode
+    return decode(q, kv_cache, block_table, seq_lens, v_dim, scale, causal)
+
+
+@_mla_decode.register_fake
+def _(
+    q: Tensor, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, v_dim: int, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    batch, new, heads, _ = q.shape
+    lse = q.new_empty(batch, new, heads, dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(batch, new, heads, v_dim), lse
+
+
+# --- public op --------------------------------------------------------------------------------------------------------
+
+
+def mla_decode(
+    q: Tensor, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, v_dim: int, scale: float, causal: bool = True
+) -> tuple[Tensor, Tensor]:
+    """q [B, S, H, Dc + Dr] (S new tokens each), kv_cache [pages, page, Dc + Dr] in q's dtype, block_table [B, P] page
+    numbers and seq_lens [B] rows of each sequence, the S new ones among them (both int32 or int64) -> out
+    [B, S, H, v_dim] in q's dtype, lse [B, S, H] fp32 (natural log of the softmax's denominator; fp64 for fp64).
+    Sequences may be empty or shorter than S; queries that see no row give out 0 and lse +inf. Entries of block_table
+    behind a sequence's last page may be any number, and rows behind its length may hold NaN.
+
+    For inference: has no gradient. Raises TypeError for dtypes that differ or are not those above, ValueError when
+    shapes disagree or v_dim exceeds the row. The PyTorch path raises ValueError for a length outside 0 to P * page; the
+    Triton path, which never waits to read lengths, takes the nearer end instead (-1 marks idle places of a CUDA graph).
+    """
+    check_float("q", q)
+    if q.dim() != 4:
+        check_shape("q", q, (None, None, None, None))
+    batch, _, _, width = q.shape
+    check_shape("kv_cache", kv_cache, (None, None, width))
+    check_shape("block_table", block_table, (batch, None))
+    check_shape("seq_lens", seq_lens, (batch,))
+    if kv_cache.dtype != q.dtype:
+        raise TypeError(f"kv_cache: got {kv_cache.dtype}, allowed is q's {q.dtype}")
+    for name, x in (("block_table", block_table), ("seq_lens", seq_lens)):
+        if x.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name}: got {x.dtype}, allowed are torch.int32, torch.int64")
+    if not 0 < v_dim <= width:
+        raise ValueError(f"v_dim: got {v_dim}, allowed is 1 to the row's {width}")
+    return _mla_decode(q, kv_cache, block_table, seq_lens, v_dim, scale, causal)

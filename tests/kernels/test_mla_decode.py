@@ -1,6 +1,11 @@
-"""Absorbed paged attention against plain attention over keys and values that are spelled out."""
+"""Absorbed paged attention against plain attention over keys and values that are spelled out, in fp64; conventions,
+sizes and tolerances are those of FlashMLA's tests (github.com/deepseek-ai/FlashMLA, tests/)."""
 
 from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -8,11 +13,226 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from minids_kernels import mla_decode, mla_decode_reference
-from minids_kernels.mla_decode import _rows
+from minids_kernels._ops import ops
 from torch import Tensor
+from torch.library import opcheck
 
+from tests.kernels.numerics import poisoned_memory
+
+room = importlib.import_module("minids_kernels.mla_decode")
 LATENT, WIDTH = 16, 24
 SCALE = 0.3
+NO_PAGE = 2147480000  # what FlashMLA's tests put behind a sequence's last page
+
+Problem = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def flash_mla_numbers(*shape: int) -> Tensor:
+    return (torch.randn(*shape) / 10).clamp(-1, 1)
+
+
+def problem(
+    lengths: Sequence[int], new: int, heads: int, v_dim: int, rest: int, page: int, dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Problem, list[Tensor]]:  # fmt: skip
+    """q, cache, table and lengths, and each sequence's rows spelled out. All that is no row is NaN."""
+    width, most = v_dim + rest, max((-(-length // page) for length in lengths), default=0) + 1
+    used = [-(-length // page) for length in lengths]
+    order = iter(torch.randperm(sum(used) + 2).tolist())
+    cache = torch.full((sum(used) + 2, page, width), torch.nan, dtype=dtype)
+    table = torch.full((len(lengths), most), NO_PAGE, dtype=torch.int32)
+    rows = [flash_mla_numbers(length, width).to(dtype) for length in lengths]
+    for b, length in enumerate(lengths):
+        for i in range(used[b]):
+            table[b, i] = next(order)
+            piece = rows[b][i * page : min(length, (i + 1) * page)]
+            cache[table[b, i], : len(piece)] = piece
+    q = flash_mla_numbers(len(lengths), new, heads, width).to(dtype)
+    seq_lens = torch.tensor(lengths, dtype=torch.int32)
+    return tuple(x.to(device) for x in (q, cache, table, seq_lens)), rows  # type: ignore[return-value]
+
+
+def exact(q: Tensor, rows: list[Tensor], v_dim: int, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """fp64: torch's attention of what each query sees; nothing seen: 0 and +inf."""
+    batch, new, heads, _ = q.shape
+    out = torch.zeros(batch, new, heads, v_dim, dtype=torch.float64)
+    lse = torch.full((batch, new, heads), torch.inf, dtype=torch.float64)
+    for b, i in itertools.product(range(batch), range(new)):
+        seen = max(0, len(rows[b]) - new + 1 + i) if causal else len(rows[b])
+        keys = rows[b].double()[:seen]
+        if seen:
+            query = q[b, i].cpu().double()
+            out[b, i] = F.scaled_dot_product_attention(query[None], keys[None], keys[None, :, :v_dim], scale=scale)[0]
+            lse[b, i] = (scale * query @ keys.T).logsumexp(-1)
+    return out, lse
+
+
+def assert_as_flash_mla(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None:
+    """Within either of two tolerances, and the whole within one of direction."""
+    for x, y, absolute, relative, direction in (
+        (got[0], want[0], 8e-4, 2.01 / 128, 5e-6),
+        (got[1], want[1], 1e-6, 8.01 / 65536, 5e-6),
+    ):
+        x = x.cpu().double()
+        assert x.shape == y.shape and torch.equal(x.isinf(), y.isinf()) and not x.isnan().any()
+        x, y = x[y.isfinite()], y[y.isfinite()]
+        error = (x - y).abs()
+        assert ((error < absolute) | (error < relative * y.abs())).all(), f"largest error {error.max():.2e}"
+        if y.any():
+            assert 1 - 2 * (x * y).sum() / (x.square() + y.square()).sum() < direction
+
+
+MINI, SMALL, V3 = (64, 16), (128, 16), (512, 64)
+CASES = {
+    "1 head": (1, 1, [0, 20, 140], 64, *MINI),
+    "3 heads": (3, 2, [1, 0, 77], 16, *MINI),
+    "9 heads": (9, 4, [3, 130, 4], 32, *SMALL),
+    "63 heads": (63, 1, [140, 20], 64, *MINI),
+    "126 heads": (126, 1, [33], 16, *MINI),
+    "128 heads": (128, 1, [65], 128, *MINI),
+    "8 tokens, fewer rows": (5, 8, [5, 8, 0, 100], 64, *MINI),
+    "long": (1, 1, [4096], 64, *MINI),
+    "nothing at all": (4, 2, [0, 0], 64, *MINI),
+    "no sequences": (4, 2, [], 64, *MINI),
+    "pages of 1": (2, 1, [37, 5], 1, *MINI),
+    "pages of 7": (2, 3, [37, 70], 7, *MINI),
+    "long pages": (2, 1, [300, 700], 512, *MINI),
+    "no rest": (2, 2, [90], 64, 64, 0),
+    "odd widths": (3, 2, [90, 2], 64, 17, 5),
+    "one number": (3, 1, [90], 64, 1, 1),
+    "V3": (16, 1, [70], 64, *V3),
+}
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "all"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_as_flash_mla(
+    case: tuple[int, int, list[int], int, int, int], causal: bool, backend: str, device: torch.device
+) -> None:
+    """In the interpreter in fp16, because it multiplies no bf16; on a GPU in bf16, and in fp32 where kernels take it.
+    The PyTorch path in fp32: in half precision it rounds scores, for which FlashMLA's tolerance of lse has no room."""
+    heads, new, lengths, page, v_dim, rest = case
+    dtypes = {"torch": [torch.float32], "triton": [torch.float16]}[backend]
+    if device.type == "cuda":
+        dtypes = [torch.bfloat16, torch.float32] if v_dim <= 128 else [torch.bfloat16]
+    for dtype in dtypes:
+        (q, *cache), rows = problem(lengths, new, heads, v_dim, rest, page, dtype, device)
+        got = mla_decode(q, *cache, v_dim, 0.5, causal)
+        assert got[0].dtype == dtype and got[1].dtype == torch.float32
+        assert_as_flash_mla(got, exact(q, rows, v_dim, 0.5, causal))
+
+
+def test_fp32_is_exact_but_for_fp32_roundings(device: torch.device) -> None:
+    (q, *cache), rows = problem([0, 20, 140], 2, 3, *MINI, 16, torch.float32, device)
+    out, lse = mla_decode(10 * q, *cache, MINI[0], 0.5)
+    want, want_lse = exact(10 * q, rows, MINI[0], 0.5, True)
+    torch.testing.assert_close(out.cpu().double(), want, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(lse.cpu().double(), want_lse, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_large_scores_do_not_overflow(sign: int, device: torch.device) -> None:
+    """Scores beyond exp's range, on the side of either sign."""
+    (q, *cache), rows = problem([0, 40, 300], 2, 3, *MINI, 16, torch.float32, device)
+    out, lse = mla_decode(q, *cache, MINI[0], sign * 2e4)
+    want, want_lse = exact(q, rows, MINI[0], sign * 2e4, True)
+    torch.testing.assert_close(out.cpu().double(), want, atol=5e-4, rtol=0)  # scores of 1e4: rounded by 1e-3
+    torch.testing.assert_close(lse.cpu().double(), want_lse, atol=0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize("processors", [1, 5, 12])
+def test_any_share_of_the_work(processors: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few parts of many sequences, many parts of one; borders inside sequences, between them, in what beginning one
+    is taken to cost; idle parts."""
+    config = dict(BLOCK_M=16, BLOCK_N=16, LEAST=1, PROGRAMS_PER_SM=1, num_warps=4, num_stages=1)
+    combine = dict(SLOTS=2, NUMBERS=64, num_warps=4)
+    monkeypatch.setattr(
+        room._launch, "config", lambda room, kernel, arch, **shape: combine if "combine" in kernel else config
+    )
+    monkeypatch.setattr(room._launch, "multiprocessors", lambda x: processors)
+    lengths = [0, 83, 16, 0, 1, 0]
+    (q, *cache), rows = problem(lengths, 2, 9, 24, 8, 32, torch.float32, device)
+    with poisoned_memory():
+        got = mla_decode(q, *cache, 24, 0.5)
+        again = mla_decode(q, *cache, 24, 0.5)
+    assert_as_flash_mla(got, exact(q, rows, 24, 0.5, True))
+    assert torch.equal(got[0], again[0]) and torch.equal(got[1], again[1])
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_lengths_that_are_none(device: torch.device) -> None:
+    """Kernels do not wait to judge lengths: -1 is an idle place of a CUDA graph, and none leads beyond the table."""
+    (q, cache, table, lengths), rows = problem([5, 64, 64], 1, 2, *MINI, 64, torch.float32, device)
+    table = table[:, :1].contiguous()
+    lengths = torch.tensor([-1, 64, 1000], dtype=torch.int64, device=device)
+    got = mla_decode(q, cache, table, lengths, MINI[0], 0.5)
+    assert_as_flash_mla(got, exact(q, [rows[0][:0], *rows[1:]], MINI[0], 0.5, True))
+
+
+def test_strides_do_not_matter(device: torch.device) -> None:
+    (q, cache, table, lengths), _ = problem([70, 20], 2, 3, *MINI, 16, torch.float32, device)
+    want = mla_decode(q, cache, table, lengths, MINI[0], 0.5)
+    strided = (
+        q.transpose(1, 2).contiguous().transpose(1, 2),
+        F.pad(cache, (3, 5, 1, 2))[:, 1:-2, 3:-5],
+        table.T.contiguous().T,
+        lengths.repeat_interleave(2)[::2],
+    )
+    got = mla_decode(*strided, MINI[0], 0.5)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    columns = cache.transpose(1, 2).contiguous().transpose(1, 2)
+    torch.testing.assert_close(mla_decode(q, columns, table, lengths, MINI[0], 0.5), want, atol=1e-6, rtol=1e-6)
+
+
+def test_pages_beyond_two_to_the_31(device: torch.device) -> None:
+    """Numbers into the cache, of which only the first and the last page are ever touched."""
+    far, (v_dim, rest) = 2**31 + 64, MINI
+    memory = torch.empty(far + 64 * (v_dim + rest), dtype=torch.float16, device=device)
+    cache = memory.as_strided((2, 64, v_dim + rest), (far, v_dim + rest, 1))
+    cache.copy_(flash_mla_numbers(*cache.shape))
+    q = flash_mla_numbers(1, 1, 2, v_dim + rest).half().to(device)
+    table, lengths = torch.tensor([[1, 0]], device=device), torch.tensor([100], device=device)
+    rows = cache.cpu()[[1, 0]].flatten(0, 1)[:100]
+    assert_as_flash_mla(mla_decode(q, cache, table, lengths, v_dim, 0.5), exact(q, [rows], v_dim, 0.5, True))
+
+
+def test_registration(device: torch.device) -> None:
+    (q, *cache), _ = problem([0, 20], 2, 3, *MINI, 16, torch.float32, device)
+    opcheck(ops.mla_decode.default, (q, *cache, MINI[0], 0.5, True))
+
+
+def test_one_graph_under_compile(device: torch.device) -> None:
+    compiled = torch.compile(mla_decode, fullgraph=True, backend="aot_eager", dynamic=True)
+    for lengths in ([0, 20], [33, 5, 2]):
+        (q, *cache), _ = problem(lengths, 2, 3, *MINI, 16, torch.float32, device)
+        for got, want in zip(compiled(q, *cache, MINI[0], 0.5), mla_decode(q, *cache, MINI[0], 0.5), strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_follows_the_lengths() -> None:
+    device = torch.device("cuda")
+    (q, cache, table, lengths), rows = problem([900, 140, 300], 1, 16, *V3, 64, torch.bfloat16, device)
+    mla_decode(q, cache, table, lengths, V3[0], 0.1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = mla_decode(q, cache, table, lengths, V3[0], 0.1)
+    for now in ([900, 140, 300], [0, 20, 299], [-1, 1, 64]):
+        lengths.copy_(torch.tensor(now))
+        graph.replay()
+        want = exact(q, [x[: max(length, 0)] for x, length in zip(rows, now, strict=True)], V3[0], 0.1, True)
+        assert_as_flash_mla(got, want)
+
+
+def test_rows_that_kernels_do_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp64, and rows wider than a kernel's tile, take the PyTorch path wherever they lie."""
+    monkeypatch.setattr(room._launch, "BACKEND", "triton")
+    monkeypatch.setattr(room._launch, "launch", lambda *args, **kwargs: pytest.fail("a kernel was launched"))
+    rows_of = [(513, 64, torch.float32), (64, 65, torch.float32), (129, 8, torch.float32), (8, 8, torch.float64)]
+    for v_dim, rest, dtype in rows_of:
+        (q, *cache), rows = problem([3, 0], 1, 2, v_dim, rest, 4, dtype, torch.device("cpu"))
+        assert_as_flash_mla(mla_decode(q, *cache, v_dim, 0.5), exact(q, rows, v_dim, 0.5, True))
 
 
 def paged(batch: int, table_pages: int, page: int, scattered: bool) -> tuple[Tensor, Tensor]:
@@ -33,7 +253,7 @@ def test_agrees_with_the_reference(
 ) -> None:
     torch.manual_seed(seed)
     cache, table = paged(batch, 13 // page + 2, page, scattered)
-    lengths = torch.randint(new, 14, (batch,)) if ragged else torch.full((batch,), 13)
+    lengths = torch.randint(0, 14, (batch,)) if ragged else torch.full((batch,), 13)
     q = torch.randn(batch, new, heads, WIDTH)
     out, lse = mla_decode(q, cache, table, lengths.int(), LATENT, SCALE, causal)
     want, want_lse = mla_decode_reference(q, cache, table, lengths, LATENT, SCALE, causal)
@@ -68,7 +288,7 @@ def test_rows_behind_the_length_are_never_read() -> None:
 
 def test_pages_in_order_are_not_copied() -> None:
     cache, table = paged(3, 2, 8, scattered=False)
-    rows = _rows(cache, table, 11)
+    rows = room._rows(cache, table, 11)
     assert rows.shape == (3, 11, WIDTH)
     assert rows.untyped_storage().data_ptr() == cache.untyped_storage().data_ptr()
 
@@ -80,8 +300,11 @@ def test_pages_in_order_are_not_copied() -> None:
         ({"kv_cache": torch.zeros(2, 4, WIDTH - 1)}, ValueError, "kv_cache: got shape"),
         ({"kv_cache": torch.zeros(2, 4, WIDTH).half()}, TypeError, "kv_cache: got torch.float16, allowed is q's"),
         ({"block_table": torch.zeros(2, 2).int()}, ValueError, "block_table: got shape"),
-        ({"seq_lens": torch.tensor([9])}, ValueError, r"seq_lens: got \[9\], allowed is 1 .* to 8"),
-        ({"seq_lens": torch.tensor([0])}, ValueError, r"seq_lens: got \[0\]"),
+        ({"seq_lens": torch.tensor([9])}, ValueError, r"seq_lens: got \[9\], allowed is 0 to 8"),
+        ({"seq_lens": torch.tensor([-1])}, ValueError, r"seq_lens: got \[-1\]"),
+        ({"seq_lens": torch.tensor([5.0])}, TypeError, "seq_lens: got torch.float32, allowed are torch.int32"),
+        ({"block_table": torch.zeros(1, 2)}, TypeError, "block_table: got torch.float32, allowed are torch.int32"),
+        ({"q": torch.zeros(1, 2, WIDTH)}, ValueError, "q: got shape"),
         ({"v_dim": WIDTH + 1}, ValueError, "v_dim: got 25, allowed is 1 to the row's 24"),
     ],
 )
