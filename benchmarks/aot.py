@@ -221,8 +221,8 @@ def markdown(results: Sequence[Compiled]) -> str:
     versions = ", ".join(sorted({r.triton for r in results}))
     lines = [
         "# Kernels compiled ahead of time", "",
-        f"Written by `python -m benchmarks.aot --markdown benchmarks/results/aot.md` (Triton {versions}), with --all for "
-        "every table entry. "
+        f"Written by `python -m benchmarks.aot --markdown benchmarks/results/aot.md` (Triton {versions}), with "
+        "--all for every table entry. "
         "Registers are a thread's, shared memory is a block's in bytes, spills are local-memory instructions.", "",
         "| kernel | arch | case | config | registers | spills | shared | instructions |",
         "|---|---|---|---|---:|---:|---:|---|",
