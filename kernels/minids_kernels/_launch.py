@@ -31,7 +31,9 @@ except ImportError:  # no wheels for Windows and macOS: kernels are defined ther
     from types import SimpleNamespace
 
     triton = SimpleNamespace(
-        jit=lambda fn: fn, cdiv=lambda a, b: -(-a // b), next_power_of_2=lambda n: 1 << (n - 1).bit_length()
+        jit=lambda fn=None, **options: fn or (lambda fn: fn),
+        cdiv=lambda a, b: -(-a // b),
+        next_power_of_2=lambda n: 1 << (n - 1).bit_length(),
     )
     tl = None
     HAS_TRITON = False

@@ -73,7 +73,7 @@ def _shares(
     return units, tl.maximum(tl.cdiv(tl.sum(units, axis=0), parts), LEAST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _mla_decode_kernel(
     q_ptr, cache_ptr, table_ptr, seq_lens_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
     batch, rows, heads, new, room, page, page_stride, table_stride, score_scale,
@@ -241,7 +241,7 @@ def _triton_decode(
     parts = max(1, min(programs // max(tiles, 1), triton.cdiv(most, least)))
     partial = q.new_empty(2 * parts, rows, v_dim, dtype=torch.float32)
     partial_lse = q.new_empty(2 * parts, rows, dtype=torch.float32)
-    shares = dict(V_DIM=v_dim, BLOCK_B=max(16, triton.next_power_of_2(batch)), SEQUENCE_COST=SEQUENCE_COST)
+    shares = dict(V_DIM=v_dim, BLOCK_B=max(128, triton.next_power_of_2(batch)), SEQUENCE_COST=SEQUENCE_COST)
     _launch.launch(
         _mla_decode_kernel, (tiles, parts if batch else 0),
         q, kv_cache, block_table, seq_lens, out, lse, partial, partial_lse,
