@@ -522,8 +522,9 @@ def _torch_bwd(
             dp = torch.bmm(dor[:, rows], vr[:, seen].transpose(1, 2))
             ds = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
             dqr[:, rows] = torch.bmm(ds, kr[:, seen])
-            dkr[:, seen].baddbmm_(ds.transpose(1, 2), qr[:, rows])
-            dvr[:, seen].baddbmm_(p.transpose(1, 2), dor[:, rows])
+            # not baddbmm_: into a slice that multiplies one batch entry after the other
+            dkr[:, seen] += torch.bmm(ds.transpose(1, 2), qr[:, rows])
+            dvr[:, seen] += torch.bmm(p.transpose(1, 2), dor[:, rows])
         rectangle.put(dq, dqr.mul_(scale))
         rectangle.put(dk, dkr.mul_(scale))
         rectangle.put(dv, dvr)
