@@ -1,6 +1,6 @@
 """Training speed on this machine: minids against transformers' DeepseekV3ForCausalLM, one process, steps interleaved.
 
-    python -m benchmarks.train [--rounds 9] [--compile]
+    python -m benchmarks.train [--rounds 9] [--dtypes fp32 bf16] [--compile]
 
 A step is forward, backward, gradient clipping and AdamW on 8 sequences of 256 tokens. All sides start from the same
 weights and see the same batches; their first losses must agree before anything is timed. Each side runs in every
@@ -15,7 +15,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -67,12 +67,12 @@ def their_loss(model: Any, batch: torch.Tensor) -> torch.Tensor:
     return loss
 
 
-def contestants(compiled: bool) -> list[Side]:
+def contestants(compiled: bool, dtypes: Sequence[str]) -> list[Side]:
     torch.manual_seed(0)
     model = DeepseekV3(MINI)
-    sides = [Side("minids", copy.deepcopy(model), our_loss, dtype) for dtype in ("fp32", "bf16")]
+    sides = [Side("minids", copy.deepcopy(model), our_loss, dtype) for dtype in dtypes]
     for experts in ("eager", "grouped_mm"):
-        for dtype in ("fp32", "bf16"):
+        for dtype in dtypes:
             sides.append(Side(f"transformers {experts}", transformers_model(model, experts), their_loss, dtype))
             if compiled:
                 peer = torch.compile(transformers_model(model, experts))
@@ -85,8 +85,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each side")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them")
     parser.add_argument("--compile", action="store_true", help="also transformers under torch.compile")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=LOSS_TOLERANCE, default=list(LOSS_TOLERANCE), help="of all sides"
+    )
     options = parser.parse_args()
-    sides = contestants(options.compile)
+    sides = contestants(options.compile, options.dtypes)
     batches = torch.randint(0, MINI.vocab_size, (options.warmup + options.rounds, BATCH, LENGTH))
     for index, batch in enumerate(batches):
         for side in sides:
@@ -96,7 +99,9 @@ def main() -> None:
             for side in sides:
                 difference = abs(side.losses[0] - sides[0].losses[0])
                 if not difference < LOSS_TOLERANCE[side.dtype]:
-                    raise SystemExit(f"{side.name}: first loss {side.losses[0]}, minids fp32 has {sides[0].losses[0]}")
+                    raise SystemExit(
+                        f"{side.name}: first loss {side.losses[0]}, {sides[0].name} has {sides[0].losses[0]}"
+                    )
     speed = {side.name: side.tokens_per_second(options.warmup) for side in sides}
     ours = max(value for name, value in speed.items() if name.startswith("minids"))
     theirs = max(value for name, value in speed.items() if name.startswith("transformers") and "compiled" not in name)

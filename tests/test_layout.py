@@ -206,7 +206,8 @@ def test_hugging_face_kernels_and_transformers_live_beside_us(tmp_path: Path, or
     code = f"""
 import sys
 if {order == "ours first"}:
-    sys.path.append(sys.path.pop(sys.path.index({str(theirs)!r})))
+    sys.path.remove({str(theirs)!r})
+    sys.path.insert(sys.path.index({str(ROOT)!r}) + 1, {str(theirs)!r})
 from importlib.util import find_spec
 from transformers.utils import import_utils
 import minids_kernels
