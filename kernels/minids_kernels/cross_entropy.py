@@ -34,7 +34,7 @@ __all__ = ["linear_cross_entropy", "linear_cross_entropy_reference"]
 
 MIN_COLUMNS = 1024  # of a chunk of logits, however narrow x is
 PIECE_ELEMENTS = 1 << 19  # logits that the PyTorch path works on at once: what stays in a CPU's caches
-CHUNK_ELEMENTS = 1 << 21  # logits that the PyTorch path's forward makes at once
+CHUNK_ELEMENTS = 1 << 22  # logits that the PyTorch path's forward makes at once
 KEPT_ELEMENTS = 1 << 24  # gradients by logits that the PyTorch path keeps for the backward
 LOWEST = torch.finfo(torch.float32).min
 
@@ -240,40 +240,37 @@ def _torch_fwd(
     kept[rows:] = 0
     for chunk in _pieces(rows, vocab, CHUNK_ELEMENTS):
         logits = torch.mm(x[chunk], weight.T, out=kept[chunk]) if keep else torch.mm(x[chunk], weight.T)
-        for piece in _pieces(logits.shape[0], vocab, PIECE_ELEMENTS):
-            where = slice(chunk.start + piece.start, chunk.start + piece.stop)
-            _torch_piece(
-                logits[piece], targets[where].unsqueeze(1), loss[where], lse[where], label_smoothing, z_loss, keep
-            )
+        target = targets[chunk].unsqueeze(1)
+        _torch_chunk(logits, target, loss[chunk], lse[chunk], label_smoothing, z_loss, keep)
     if rows == tokens:
         return loss.view(rows), lse.view(rows), kept
     zeros = loss.new_zeros(tokens)
     return zeros.index_copy(0, index, loss.view(rows)), zeros.index_copy(0, index, lse.view(rows)), kept
 
 
-def _torch_piece(
+def _torch_chunk(
     logits: Tensor, targets: Tensor, loss: Tensor, lse: Tensor, label_smoothing: float, z_loss: float, keep: bool
 ) -> None:
     """logits [rows, V], targets [rows, 1]: writes loss and lse [rows, 1], and over the logits their gradient if `keep`,
     nothing of use otherwise."""
     vocab = logits.shape[1]
-    exps = logits.to(lse.dtype)
-    largest = exps.amax(1, keepdim=True)
-    exps.sub_(largest)
-    at_target = exps.gather(1, targets)
-    mean = exps.mean(1, keepdim=True) if label_smoothing else 0.0
-    total = exps.exp_().sum(1, keepdim=True)
-    log_total = total.log()
+    p = logits.to(lse.dtype)
+    largest = p.amax(1, keepdim=True)
+    at_target = p.gather(1, targets).sub_(largest)
+    mean = p.mean(1, keepdim=True).sub_(largest) if label_smoothing else 0.0
+    torch.softmax(p, 1, out=p)
+    log_total = p.amax(1, keepdim=True).log_().neg_()  # the largest probability is 1 / total
     log_p = at_target - log_total
     torch.add(largest, log_total, out=lse)
     loss.copy_((label_smoothing - 1) * log_p + label_smoothing * (log_total - mean) + z_loss * lse.square())
     if keep:
-        exps.mul_((1 + 2 * z_loss * lse) / total)
+        if z_loss:
+            p.mul_(1 + 2 * z_loss * lse)
         if label_smoothing:
-            exps.sub_(label_smoothing / vocab)
-        exps.scatter_(1, targets, _at_target(log_p, lse, vocab, label_smoothing, z_loss))
-        if exps.dtype != logits.dtype:
-            logits.copy_(exps)
+            p.sub_(label_smoothing / vocab)
+        p.scatter_(1, targets, _at_target(log_p, lse, vocab, label_smoothing, z_loss))
+        if p.dtype != logits.dtype:
+            logits.copy_(p)
 
 
 def _torch_gradient(

@@ -463,12 +463,12 @@ def _kept_size(rectangle: _Rectangle, heads: int, causal: bool) -> int:
     return rectangle.rows * heads * sum((rows.stop - rows.start) * seen.stop for rows, seen in blocks)
 
 
-def _scores(q: Tensor, k: Tensor, first: int, causal: bool, scale: float) -> Tensor:
-    """Query block q [B, M, D] (rows first.. of the document) against keys k [B, N, D] -> [B, M, N]."""
-    mask = q.new_zeros(q.shape[1], k.shape[1])
-    if causal:
-        mask[:, first:] = q.new_full((q.shape[1], k.shape[1] - first), -math.inf).triu_(1)
-    return torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale)
+def _scores(q: Tensor, k: Tensor, rows: slice, causal: bool) -> Tensor:
+    """Scaled query block q [B, M, D], `rows` of the documents, against keys k [B, N, D] -> [B, M, N]."""
+    scores = torch.bmm(q, k.transpose(1, 2))
+    if causal:  # keys before the block are seen by all its rows
+        scores[:, :, rows.start :] += q.new_full((q.shape[1], q.shape[1]), -math.inf).triu_(1)
+    return scores
 
 
 def _torch_fwd(
@@ -481,19 +481,18 @@ def _torch_fwd(
     kept = q.new_empty(sum(_kept_size(r, heads, causal) for r in rectangles) if keep else 0)
     rest = kept
     for rectangle in rectangles:
-        qr, kr, vr = (rectangle.take(x.expand(-1, heads, -1)) for x in (q, k, v))
+        qr, kr, vr = (rectangle.take(x.expand(-1, heads, -1)) for x in (q * scale, k, v))
         result = torch.empty_like(vr)
         sums = lse.new_empty(*vr.shape[:2], 1) if with_lse else None
         store = keep and _kept_size(rectangle, heads, causal) > 0
         for rows, seen in _blocks(rectangle, causal):
-            scores = _scores(qr[:, rows], kr[:, seen], rows.start, causal, scale)
+            scores = _scores(qr[:, rows], kr[:, seen], rows, causal)
             if sums is not None:
                 sums[:, rows, 0] = scores.to(lse.dtype).logsumexp(-1)
+            p = scores
             if store:
                 p, rest = rest[: scores.numel()].view_as(scores), rest[scores.numel() :]
-                torch.softmax(scores, -1, out=p)
-            else:
-                p = scores.softmax(-1)
+            torch.softmax(scores, -1, out=p)
             result[:, rows] = torch.bmm(p, vr[:, seen])
         rectangle.put(out, result)
         if sums is not None:
@@ -509,7 +508,7 @@ def _torch_bwd(
     dq = q.new_empty(q.shape)
     dk, dv = (x.new_empty(tokens, heads, x.shape[-1]) for x in (k, v))
     for rectangle in _rectangles(_bounds(cu_seqlens, tokens), causal):
-        qr, kr, vr = (rectangle.take(x.expand(-1, heads, -1)) for x in (q, k, v))
+        qr, kr, vr = (rectangle.take(x.expand(-1, heads, -1)) for x in (q * scale, k, v))
         dor = rectangle.take_gradient(dout)
         dqr, dkr, dvr = torch.empty_like(qr), torch.zeros_like(kr), torch.zeros_like(vr)
         stored = kept.numel() > 0 and _kept_size(rectangle, heads, causal) > 0
@@ -518,7 +517,8 @@ def _torch_bwd(
                 shape = qr.shape[0], rows.stop - rows.start, seen.stop
                 p, kept = kept[: math.prod(shape)].view(shape), kept[math.prod(shape) :]
             else:
-                p = _scores(qr[:, rows], kr[:, seen], rows.start, causal, scale).softmax(-1)
+                p = _scores(qr[:, rows], kr[:, seen], rows, causal)
+                torch.softmax(p, -1, out=p)
             dp = torch.bmm(dor[:, rows], vr[:, seen].transpose(1, 2))
             ds = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
             dqr[:, rows] = torch.bmm(ds, kr[:, seen])
@@ -526,7 +526,7 @@ def _torch_bwd(
             dkr[:, seen] += torch.bmm(ds.transpose(1, 2), qr[:, rows])
             dvr[:, seen] += torch.bmm(p.transpose(1, 2), dor[:, rows])
         rectangle.put(dq, dqr.mul_(scale))
-        rectangle.put(dk, dkr.mul_(scale))
+        rectangle.put(dk, dkr)
         rectangle.put(dv, dvr)
     dk, dv = (d.sum(1, keepdim=True) if x.shape[1] < heads else d for d, x in ((dk, k), (dv, v)))
     return dq, dk, dv
@@ -581,10 +581,13 @@ def _setup(ctx, inputs, output) -> None:
     q, k, v, cu_seqlens, ctx.causal, ctx.scale, *_ = inputs
     out, lse, kept = output
     ctx.mark_non_differentiable(lse, kept)
+    ctx.set_materialize_grads(False)  # else zeros of kept's size would come back for it
     ctx.save_for_backward(q, k, v, out, lse, kept, cu_seqlens)
 
 
 def _backward(ctx, dout, dlse, dkept):
+    if dout is None:  # nothing came back
+        return (None,) * 8
     grads = _mla_attention_backward(dout, *ctx.saved_tensors, ctx.causal, ctx.scale)
     return *grads, None, None, None, None, None
 

@@ -307,10 +307,13 @@ def _(
 def _setup(ctx, inputs, output) -> None:
     x, _, topk_weight, w_gate_up, w_down = inputs
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else zeros of gate_up's size would come back for it
     ctx.save_for_backward(x, topk_weight, w_gate_up, w_down, *output[1:])
 
 
 def _backward(ctx, dout, *_):
+    if dout is None:  # nothing came back
+        return (None,) * 5
     dx, dweight, dw_gate_up, dw_down = _moe_experts_backward(dout, *ctx.saved_tensors)
     return dx, None, dweight, dw_gate_up, dw_down
 
