@@ -388,8 +388,8 @@ def _triton_bwd(
 
 
 class _Rectangle:
-    """`rows` documents of at most `length` tokens side by side. `gather` [rows, length] holds token numbers (a
-    document's last token repeated behind its end), `tokens` and `places` say which token each real place is; all are
+    """`rows` documents of at most `length` tokens side by side. `gather` [rows * length] holds token numbers
+    (a document's last token repeated behind its end), `tokens` and `places` say which token each real place is; all are
     None when the rectangle is simply the whole input."""
 
     def __init__(self, documents: list[tuple[int, int]], length: int, total: int) -> None:
@@ -399,14 +399,14 @@ class _Rectangle:
             return
         start = torch.tensor([d[0] for d in documents]).unsqueeze(1)
         end = torch.tensor([d[1] for d in documents]).unsqueeze(1)
-        self.gather = torch.minimum(start + torch.arange(length), end - 1)
-        real = start + torch.arange(length) < end
-        self.tokens, self.places = self.gather[real], real.flatten().nonzero().squeeze(1)
+        self.gather = torch.minimum(start + torch.arange(length), end - 1).flatten()
+        self.places = (start + torch.arange(length) < end).flatten().nonzero().squeeze(1)
+        self.tokens = self.gather[self.places]
 
     def take(self, x: Tensor) -> Tensor:
         """[T, H, D] -> [rows * H, length, D]."""
         if self.gather is not None:
-            x = x[self.gather.to(x.device)]
+            x = x.index_select(0, self.gather.to(x.device))
         return x.reshape(self.rows, self.length, *x.shape[-2:]).transpose(1, 2).flatten(0, 1)
 
     def put(self, out: Tensor, x: Tensor) -> None:
@@ -415,14 +415,15 @@ class _Rectangle:
         if self.tokens is None or self.places is None:
             out.view(self.rows, self.length, *out.shape[1:]).copy_(x)
         else:
-            out[self.tokens.to(out.device)] = x.reshape(-1, *out.shape[1:])[self.places.to(out.device)]
+            real = x.reshape(-1, *out.shape[1:]).index_select(0, self.places.to(out.device))
+            out.index_copy_(0, self.tokens.to(out.device), real)
 
     def take_gradient(self, x: Tensor) -> Tensor:
         """As `take`, with zeros behind the documents' ends."""
         if self.tokens is None or self.places is None:
             return self.take(x)
         padded = x.new_zeros(self.rows * self.length, *x.shape[1:])
-        padded[self.places.to(x.device)] = x[self.tokens.to(x.device)]
+        padded.index_copy_(0, self.places.to(x.device), x.index_select(0, self.tokens.to(x.device)))
         return padded.view(self.rows, self.length, *x.shape[1:]).transpose(1, 2).flatten(0, 1)
 
 

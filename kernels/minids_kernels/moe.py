@@ -200,9 +200,9 @@ def _torch_activate_backward(dout: Tensor, gate_up: Tensor, weight: Tensor) -> t
 def _torch_combine(y: Tensor, place: Tensor, top_k: int, weight: Tensor | None) -> Tensor:
     y = y if weight is None else y * _spread(weight, place, y.shape[0], y.dtype)
     first, *others = place.view(-1, top_k).unbind(1)
-    out = y[first]
+    out = y.index_select(0, first)
     for rows in others:
-        out += y[rows]
+        out += y.index_select(0, rows)
     return out
 
 
@@ -258,7 +258,7 @@ def _moe_experts(
     """-> out [T, D]; for the backward: gate_up [rows, 2F] and the plan. x and weights of one dtype."""
     offsets, place, token = _plan(topk_ids, w_gate_up.shape[0], _align(x))
     live = _live(token, offsets)
-    gate_up = grouped_mm(x[live], w_gate_up, offsets, out=x.new_empty(token.shape[0], w_gate_up.shape[1]))
+    gate_up = grouped_mm(x.index_select(0, live), w_gate_up, offsets, out=x.new_empty(token.shape[0], w_gate_up.shape[1]))
     weight = _spread(topk_weight, place, live.shape[0], x.dtype)
     activate = _triton_activate if _launch.use_triton(x) else _torch_activate
     y = grouped_mm(activate(gate_up[: live.shape[0]], weight), w_down, offsets)
@@ -273,12 +273,12 @@ def _moe_experts_backward(
     """-> dx, dtopk_weight, dw_gate_up, dw_down."""
     live = _live(token, offsets)
     weight = _spread(topk_weight, place, live.shape[0], x.dtype)
-    dy = dout[live]
+    dy = dout.index_select(0, live)
     backward = _triton_activate_backward if _launch.use_triton(x) else _torch_activate_backward
     dscaled = grouped_mm(dy, w_down.transpose(1, 2), offsets)
     scaled, dgate_up, dweight = backward(dscaled, gate_up[: live.shape[0]], weight)
     dw_down = grouped_outer(dy, scaled, offsets)
-    dw_gate_up = grouped_outer(dgate_up, x[live], offsets)
+    dw_gate_up = grouped_outer(dgate_up, x.index_select(0, live), offsets)
     dx = _combine(grouped_mm(dgate_up, w_gate_up.transpose(1, 2), offsets), place, topk_weight.shape[1])
     return dx, dweight.to(topk_weight.dtype)[place].view_as(topk_weight), dw_gate_up, dw_down
 
@@ -325,7 +325,7 @@ _moe_experts.register_autograd(_backward, setup_context=_setup)
 def _moe_permute(x: Tensor, topk_ids: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> rows [T * k, D], and the plan."""
     offsets, place, token = _plan(topk_ids, n_experts, 1)
-    return x[token], offsets, place, token
+    return x.index_select(0, token), offsets, place, token
 
 
 @torch.library.custom_op(add_op_namespace_prefix("moe_unpermute"), mutates_args=())
@@ -366,7 +366,7 @@ def _unpermute_setup(ctx, inputs, output) -> None:
 def _unpermute_backward(ctx, dout):
     """A token's gradient goes to all its rows; a weight's is the product of its row with it."""
     y, place, token, weight = ctx.saved_tensors
-    dy = dout[token]
+    dy = dout.index_select(0, token)
     if weight is None:
         return dy, None, None, None, None
     wide = torch.promote_types(y.dtype, torch.float32)

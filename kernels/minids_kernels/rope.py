@@ -24,13 +24,13 @@ def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """A copy of x with its tail rotated: tail * [c, c] + swapped tail * [-s, s], pair by pair."""
+    """A copy of x with its tail rotated: pairs are complex numbers, times e^(i angle), in fp32 or wider."""
     out = x.clone(memory_format=torch.contiguous_format)
     tail = out[..., out.shape[-1] - 2 * cos.shape[-1] :]
-    swapped = tail.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    cos = cos.to(x.dtype).repeat_interleave(2, -1).unsqueeze(1)
-    sin = torch.stack((-sin, sin), dim=-1).to(x.dtype).flatten(-2).unsqueeze(1)
-    tail.mul_(cos).addcmul_(swapped, sin)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    pairs = torch.view_as_complex(tail.to(wide).unflatten(-1, (-1, 2)).contiguous())
+    angles = torch.complex(cos.to(wide), sin.to(wide)).unsqueeze(1)
+    tail.copy_(torch.view_as_real(pairs * angles).flatten(-2))
     return out
 
 
