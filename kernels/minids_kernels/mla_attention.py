@@ -14,8 +14,10 @@ order: a program takes several heads where all are shared, else each head writes
 Runs on every GPU Triton knows; Dqk up to 192 and Dv up to 128 there.
 
 On the PyTorch path documents are laid side by side in rectangles of similar length: a causal row never sees the padding
-behind it, so no mask over documents is needed. Within a rectangle, blocks of query rows meet all their keys in batched
-matrix products. Scores are rounded to the compute dtype before an fp32 softmax, as in any unfused attention.
+behind it, so no mask over documents is needed; a rectangle of one document is no copy but a view. Within a rectangle,
+blocks of query rows meet all their keys in batched matrix products, small enough for their scores to stay in the
+caches, where the backward computes them again: keeping them costs more in fresh memory. Scores are rounded to the
+compute dtype before an fp32 softmax, as in any unfused attention.
 Test: tests/kernels/test_mla_attention.py. Benchmark: benchmarks/ops/mla_attention.py.
 """
 
@@ -38,8 +40,8 @@ from ._ops import add_op_namespace_prefix
 __all__ = ["mla_attention", "mla_attention_reference"]
 
 MAX_WIDTH, MAX_V_WIDTH = 192, 128  # on the Triton path
-QUERY_BLOCK = 128  # rows of scores in memory at once, a document
-KEPT_ELEMENTS = 1 << 23  # probabilities kept for the backward instead of computed again, a rectangle
+QUERY_BLOCK = 128  # rows of scores in memory at once, a document and head
+SCORES = 1 << 18  # scores in memory at once where documents are short: what stays in a CPU's caches
 
 
 def mla_attention_reference(
@@ -329,8 +331,8 @@ def _tiles(tokens: int, documents: int, block: int) -> int:
 
 
 def _triton_fwd(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, with_lse: bool, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, with_lse: bool
+) -> tuple[Tensor, Tensor]:
     (tokens, heads, _), documents = q.shape, cu_seqlens.shape[0] - 1
     out = q.new_empty(tokens, heads, v.shape[2])
     lse = q.new_empty(heads, tokens, dtype=torch.float32)
@@ -343,12 +345,12 @@ def _triton_fwd(
         q, q_rest, k, k_rest, v, out, lse, cu_seqlens, tokens, documents, tiles, scale * math.log2(math.e),
         *_strides(q, q_rest, k, k_rest, v, out), **shape, **config,
     )  # fmt: skip
-    return out, lse, q.new_empty(0)
+    return out, lse
 
 
 def _triton_bwd(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: Tensor, cu_seqlens: Tensor,
-    causal: bool, scale: float,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, causal: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     (tokens, heads, _), documents = q.shape, cu_seqlens.shape[0] - 1
     dq = q.new_empty(q.shape)
@@ -388,32 +390,35 @@ def _triton_bwd(
 
 
 class _Rectangle:
-    """`rows` documents of at most `length` tokens side by side. `gather` [rows * length] holds token numbers
-    (a document's last token repeated behind its end), `tokens` and `places` say which token each real place is; all are
-    None when the rectangle is simply the whole input."""
+    """`rows` documents of at most `length` tokens side by side. Equally long neighbours are tokens `first`.. of the
+    input. Otherwise `gather` [rows * length] holds token numbers (a document's last token repeated behind its end), and
+    `tokens` and `places` say which token each real place is."""
 
-    def __init__(self, documents: list[tuple[int, int]], length: int, total: int) -> None:
-        self.rows, self.length = len(documents), length
+    def __init__(self, documents: list[tuple[int, int]]) -> None:
+        self.rows, self.length, self.first = len(documents), max(e - s for s, e in documents), documents[0][0]
         self.gather = self.tokens = self.places = None
-        if all(end - start == length for start, end in documents) and self.rows * length == total:
+        starts = range(self.first, self.first + self.rows * self.length, self.length)
+        if documents == [(start, start + self.length) for start in starts]:
             return
         start = torch.tensor([d[0] for d in documents]).unsqueeze(1)
         end = torch.tensor([d[1] for d in documents]).unsqueeze(1)
-        self.gather = torch.minimum(start + torch.arange(length), end - 1).flatten()
-        self.places = (start + torch.arange(length) < end).flatten().nonzero().squeeze(1)
+        self.gather = torch.minimum(start + torch.arange(self.length), end - 1).flatten()
+        self.places = (start + torch.arange(self.length) < end).flatten().nonzero().squeeze(1)
         self.tokens = self.gather[self.places]
 
     def take(self, x: Tensor) -> Tensor:
-        """[T, H, D] -> [rows * H, length, D]."""
-        if self.gather is not None:
+        """[T, H, D] -> [rows * H, length, D], a view if it can be."""
+        if self.gather is None:
+            x = x[self.first : self.first + self.rows * self.length]
+        else:
             x = x.index_select(0, self.gather.to(x.device))
-        return x.reshape(self.rows, self.length, *x.shape[-2:]).transpose(1, 2).flatten(0, 1)
+        return x.unflatten(0, (self.rows, self.length)).transpose(1, 2).flatten(0, 1)
 
     def put(self, out: Tensor, x: Tensor) -> None:
         """Writes x [rows * H, length, D] to its tokens in out [T, H, D]."""
         x = x.unflatten(0, (self.rows, -1)).transpose(1, 2)
         if self.tokens is None or self.places is None:
-            out.view(self.rows, self.length, *out.shape[1:]).copy_(x)
+            out[self.first : self.first + self.rows * self.length].view(x.shape).copy_(x)
         else:
             real = x.reshape(-1, *out.shape[1:]).index_select(0, self.places.to(out.device))
             out.index_copy_(0, self.tokens.to(out.device), real)
@@ -428,8 +433,9 @@ class _Rectangle:
 
 
 @functools.lru_cache(maxsize=16)
-def _rectangles(bounds: tuple[int, ...], causal: bool) -> list[_Rectangle]:
-    """Documents grouped so that padding adds at most a quarter to a causal document's length (none otherwise)."""
+def _rectangles(bounds: tuple[int, ...], heads: int, causal: bool) -> list[_Rectangle]:
+    """Documents grouped so that padding adds at most a quarter to a causal document's length (none otherwise), and so
+    that a block of query rows has at most SCORES scores."""
     groups: dict[int, list[tuple[int, int]]] = {}
     for start, end in itertools.pairwise(bounds):
         length = end - start
@@ -437,9 +443,11 @@ def _rectangles(bounds: tuple[int, ...], causal: bool) -> list[_Rectangle]:
             continue
         step = max(8, 1 << max(0, length.bit_length() - 3)) if causal else 1
         groups.setdefault(-(-length // step) * step, []).append((start, end))
-    return [
-        _Rectangle(group, max(end - start for start, end in group), bounds[-1]) for _, group in sorted(groups.items())
-    ]
+    rectangles = []
+    for length, group in sorted(groups.items()):
+        size = max(1, SCORES // (max(1, heads) * min(length, QUERY_BLOCK) * length))
+        rectangles += [_Rectangle(group[i : i + size]) for i in range(0, len(group), size)]
+    return rectangles
 
 
 def _bounds(cu_seqlens: Tensor, tokens: int) -> tuple[int, ...]:
@@ -456,14 +464,6 @@ def _blocks(rectangle: _Rectangle, causal: bool) -> Iterator[tuple[slice, slice]
         yield slice(first, last), slice(0, last if causal else rectangle.length)
 
 
-def _kept_size(rectangle: _Rectangle, heads: int, causal: bool) -> int:
-    """Probabilities of a rectangle that are kept: all or none."""
-    if rectangle.rows * heads * rectangle.length**2 > KEPT_ELEMENTS:
-        return 0
-    blocks = _blocks(rectangle, causal)
-    return rectangle.rows * heads * sum((rows.stop - rows.start) * seen.stop for rows, seen in blocks)
-
-
 def _scores(q: Tensor, k: Tensor, rows: slice, causal: bool) -> Tensor:
     """Scaled query block q [B, M, D], `rows` of the documents, against keys k [B, N, D] -> [B, M, N]."""
     scores = torch.bmm(q, k.transpose(1, 2))
@@ -473,53 +473,42 @@ def _scores(q: Tensor, k: Tensor, rows: slice, causal: bool) -> Tensor:
 
 
 def _torch_fwd(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, with_lse: bool, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, with_lse: bool
+) -> tuple[Tensor, Tensor]:
     tokens, heads, _ = q.shape
-    rectangles = _rectangles(_bounds(cu_seqlens, tokens), causal)
+    q, k, v = q * scale, k.expand(-1, heads, -1), v.expand(-1, heads, -1)
     out = q.new_empty(tokens, heads, v.shape[-1])
     lse = q.new_empty(tokens if with_lse else 0, heads, 1, dtype=_statistic(q))
-    kept = q.new_empty(sum(_kept_size(r, heads, causal) for r in rectangles) if keep else 0)
-    rest = kept
-    for rectangle in rectangles:
-        qr, kr, vr = (rectangle.take(x.expand(-1, heads, -1)) for x in (q * scale, k, v))
-        result = torch.empty_like(vr)
+    for rectangle in _rectangles(_bounds(cu_seqlens, tokens), heads, causal):
+        qr, kr, vr = (rectangle.take(x) for x in (q, k, v))
+        result = vr.new_empty(vr.shape)
         sums = lse.new_empty(*vr.shape[:2], 1) if with_lse else None
-        store = keep and _kept_size(rectangle, heads, causal) > 0
         for rows, seen in _blocks(rectangle, causal):
             scores = _scores(qr[:, rows], kr[:, seen], rows, causal)
             if sums is not None:
                 sums[:, rows, 0] = scores.to(lse.dtype).logsumexp(-1)
-            p = scores
-            if store:
-                p, rest = rest[: scores.numel()].view_as(scores), rest[scores.numel() :]
-            torch.softmax(scores, -1, out=p)
-            result[:, rows] = torch.bmm(p, vr[:, seen])
+            result[:, rows] = torch.bmm(torch.softmax(scores, -1, out=scores), vr[:, seen])
         rectangle.put(out, result)
         if sums is not None:
             rectangle.put(lse, sums)
-    return out, lse.squeeze(2).t().contiguous(), kept
+    return out, lse.squeeze(2).t().contiguous()
 
 
 def _torch_bwd(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: Tensor, cu_seqlens: Tensor,
-    causal: bool, scale: float,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, causal: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     tokens, heads, _ = q.shape
     dq = q.new_empty(q.shape)
     dk, dv = (x.new_empty(tokens, heads, x.shape[-1]) for x in (k, v))
-    for rectangle in _rectangles(_bounds(cu_seqlens, tokens), causal):
-        qr, kr, vr = (rectangle.take(x.expand(-1, heads, -1)) for x in (q * scale, k, v))
+    q, k_heads, v_heads = q * scale, k.expand(-1, heads, -1), v.expand(-1, heads, -1)
+    for rectangle in _rectangles(_bounds(cu_seqlens, tokens), heads, causal):
+        qr, kr, vr = (rectangle.take(x) for x in (q, k_heads, v_heads))
         dor = rectangle.take_gradient(dout)
-        dqr, dkr, dvr = torch.empty_like(qr), torch.zeros_like(kr), torch.zeros_like(vr)
-        stored = kept.numel() > 0 and _kept_size(rectangle, heads, causal) > 0
+        dqr, dkr, dvr = qr.new_empty(qr.shape), kr.new_zeros(kr.shape), vr.new_zeros(vr.shape)
         for rows, seen in _blocks(rectangle, causal):
-            if stored:
-                shape = qr.shape[0], rows.stop - rows.start, seen.stop
-                p, kept = kept[: math.prod(shape)].view(shape), kept[math.prod(shape) :]
-            else:
-                p = _scores(qr[:, rows], kr[:, seen], rows, causal)
-                torch.softmax(p, -1, out=p)
+            p = _scores(qr[:, rows], kr[:, seen], rows, causal)
+            torch.softmax(p, -1, out=p)
             dp = torch.bmm(dor[:, rows], vr[:, seen].transpose(1, 2))
             ds = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
             dqr[:, rows] = torch.bmm(ds, kr[:, seen])
@@ -538,22 +527,21 @@ def _torch_bwd(
 
 @torch.library.custom_op(add_op_namespace_prefix("mla_attention"), mutates_args=())
 def _mla_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, with_lse: bool, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> out [T, H, Dv], lse [H, T] ([H, 0] on the PyTorch path unless `with_lse`), and probabilities that the PyTorch
-    path's backward uses again, if `keep`."""
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, with_lse: bool
+) -> tuple[Tensor, Tensor]:
+    """-> out [T, H, Dv], lse [H, T] ([H, 0] on the PyTorch path unless `with_lse`)."""
     forward = _triton_fwd if _launch.use_triton(q) else _torch_fwd
-    return forward(q, k, v, cu_seqlens, causal, scale, with_lse, keep)
+    return forward(q, k, v, cu_seqlens, causal, scale, with_lse)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("mla_attention_backward"), mutates_args=())
 def _mla_attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: Tensor, cu_seqlens: Tensor,
-    causal: bool, scale: float,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, causal: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dout [T, H, Dv] and what the forward took and gave -> dq, dk, dv in their tensors' shapes and dtypes."""
     backward = _triton_bwd if _launch.use_triton(q) else _torch_bwd
-    return backward(dout, q, k, v, out, lse, kept, cu_seqlens, causal, scale)
+    return backward(dout, q, k, v, out, lse, cu_seqlens, causal, scale)
 
 
 def _statistic(x: Tensor) -> torch.dtype:
@@ -562,35 +550,31 @@ def _statistic(x: Tensor) -> torch.dtype:
 
 @_mla_attention.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, with_lse: bool, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    (tokens, heads, _), on_gpu = q.shape, _launch.use_triton(q)
-    lse = q.new_empty(heads, tokens if on_gpu or with_lse else 0, dtype=_statistic(q))
-    kept = torch.library.get_ctx().new_dynamic_size() if keep and not on_gpu else 0
-    return q.new_empty(tokens, heads, v.shape[2]), lse, q.new_empty(kept)
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, with_lse: bool
+) -> tuple[Tensor, Tensor]:
+    tokens, heads, _ = q.shape
+    lse = q.new_empty(heads, tokens if with_lse or _launch.use_triton(q) else 0, dtype=_statistic(q))
+    return q.new_empty(tokens, heads, v.shape[2]), lse
 
 
 @_mla_attention_backward.register_fake
 def _(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: Tensor, cu_seqlens: Tensor,
-    causal: bool, scale: float,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, causal: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup(ctx, inputs, output) -> None:
-    q, k, v, cu_seqlens, ctx.causal, ctx.scale, *_ = inputs
-    out, lse, kept = output
-    ctx.mark_non_differentiable(lse, kept)
-    ctx.set_materialize_grads(False)  # else zeros of kept's size would come back for it
-    ctx.save_for_backward(q, k, v, out, lse, kept, cu_seqlens)
+    q, k, v, cu_seqlens, ctx.causal, ctx.scale, _ = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
 
 
-def _backward(ctx, dout, dlse, dkept):
-    if dout is None:  # nothing came back
-        return (None,) * 8
+def _backward(ctx, dout, dlse):
     grads = _mla_attention_backward(dout, *ctx.saved_tensors, ctx.causal, ctx.scale)
-    return *grads, None, None, None, None, None
+    return *grads, None, None, None, None
 
 
 _mla_attention.register_autograd(_backward, setup_context=_setup)
@@ -645,6 +629,5 @@ def mla_attention(
         if v.shape[2] > MAX_V_WIDTH:
             raise ValueError(f"v: got {v.shape[2]} columns, allowed are up to {MAX_V_WIDTH}")
         cu_seqlens = cu_seqlens.to(q.device, torch.int32)
-    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    out, lse, _ = _mla_attention(q, k, v, cu_seqlens, causal, scale, return_lse, keep)
+    out, lse = _mla_attention(q, k, v, cu_seqlens, causal, scale, return_lse)
     return (out, lse.t()) if return_lse else out

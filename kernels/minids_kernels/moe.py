@@ -27,7 +27,7 @@ from .swiglu import swiglu_backward, swiglu_gradients, swiglu_values
 
 __all__ = ["MoePlan", "moe_experts", "moe_experts_reference", "moe_gate", "moe_permute", "moe_unpermute"]
 
-ALIGN = 64  # rows an expert's segment is padded to
+ALIGN, ALIGN_HALF = 8, 64  # rows an expert's segment is padded to on the PyTorch path, the latter for bf16 and fp16
 
 
 def moe_gate(
@@ -210,9 +210,12 @@ def _torch_combine(y: Tensor, place: Tensor, top_k: int, weight: Tensor | None) 
 
 
 def _align(x: Tensor) -> int:
-    """Rows that experts' segments are padded to: to none by our kernels. CPU libraries prepare code for each shape of
-    product they meet, which takes longer than an expert's product itself; padding bounds the number of shapes."""
-    return 1 if _launch.use_triton(x) else ALIGN
+    """Rows that experts' segments are padded to: to none by our kernels. CPU libraries are slow at odd sizes, and for
+    half precision they prepare code for each shape of product they meet, which takes longer than an expert's product
+    itself; padding bounds the number of shapes."""
+    if _launch.use_triton(x):
+        return 1
+    return ALIGN if x.element_size() > 2 else ALIGN_HALF
 
 
 def _bound(pairs: int, experts: int, align: int) -> int:
@@ -258,7 +261,9 @@ def _moe_experts(
     """-> out [T, D]; for the backward: gate_up [rows, 2F] and the plan. x and weights of one dtype."""
     offsets, place, token = _plan(topk_ids, w_gate_up.shape[0], _align(x))
     live = _live(token, offsets)
-    gate_up = grouped_mm(x.index_select(0, live), w_gate_up, offsets, out=x.new_empty(token.shape[0], w_gate_up.shape[1]))
+    gate_up = grouped_mm(
+        x.index_select(0, live), w_gate_up, offsets, out=x.new_empty(token.shape[0], w_gate_up.shape[1])
+    )
     weight = _spread(topk_weight, place, live.shape[0], x.dtype)
     activate = _triton_activate if _launch.use_triton(x) else _torch_activate
     y = grouped_mm(activate(gate_up[: live.shape[0]], weight), w_down, offsets)
