@@ -162,7 +162,7 @@ def _triton_statistics(
 def _triton_fwd(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, z_loss: float,
     dtype: torch.dtype, keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     rows, vocab = x.shape[0], weight.shape[0]
     targets = targets.contiguous()
     loss, lse = (x.new_zeros(rows, dtype=torch.float32) for _ in range(2))
@@ -170,7 +170,7 @@ def _triton_fwd(
     state[:, 0] = LOWEST
     for start, _, logits in _chunks(x.to(dtype), weight):
         _triton_statistics(logits, targets, state, loss, lse, start, vocab, ignore_index, label_smoothing, z_loss)
-    return loss, lse, x.new_empty(0, vocab, dtype=dtype)
+    return loss, lse, []
 
 
 def _triton_gradient(
@@ -230,18 +230,20 @@ def _at_target(log_p: Tensor, lse: Tensor, vocab: int, label_smoothing: float, z
 def _torch_fwd(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, z_loss: float,
     dtype: torch.dtype, keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     tokens, vocab = x.shape[0], weight.shape[0]
     index, targets, x = _kept_tokens(targets, ignore_index, x)
     x, weight = x.to(dtype), weight.to(dtype)
     rows = x.shape[0]
     loss, lse = (x.new_empty(rows, 1, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(2))
-    kept = x.new_empty(tokens if keep else 0, vocab)
-    kept[rows:] = 0
-    for chunk in _pieces(rows, vocab, CHUNK_ELEMENTS):
-        logits = torch.mm(x[chunk], weight.T, out=kept[chunk]) if keep else torch.mm(x[chunk], weight.T)
+    kept = [x.new_empty(p.stop - p.start, vocab) for p in _pieces(tokens, vocab, CHUNK_ELEMENTS)] if keep else []
+    for i, chunk in enumerate(_pieces(rows, vocab, CHUNK_ELEMENTS)):
+        logits = kept[i][: chunk.stop - chunk.start] if keep else x.new_empty(chunk.stop - chunk.start, vocab)
+        torch.mm(x[chunk], weight.T, out=logits)
         target = targets[chunk].unsqueeze(1)
         _torch_chunk(logits, target, loss[chunk], lse[chunk], label_smoothing, z_loss, keep)
+    for chunk, logits in zip(_pieces(tokens, vocab, CHUNK_ELEMENTS), kept, strict=False):
+        logits[max(0, rows - chunk.start) :] = 0
     if rows == tokens:
         return loss.view(rows), lse.view(rows), kept
     zeros = loss.new_zeros(tokens)
@@ -295,18 +297,22 @@ def _torch_gradient(
 
 
 def _torch_bwd(
-    dloss: Tensor, x: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, kept: Tensor, ignore_index: int,
-    label_smoothing: float, z_loss: float,
+    dloss: Tensor, x: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, kept: list[Tensor], ignore_index: int,
+    label_smoothing: float, z_loss: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     tokens = x.shape[0]
     index, targets, x, lse, dloss = _kept_tokens(targets, ignore_index, x, lse, dloss)
-    if kept.shape[0]:
-        grad = kept[: x.shape[0]]
-        scale = dloss.to(grad.dtype).unsqueeze(1)
-        dx = torch.mm(grad, weight.to(grad.dtype)).mul_(scale)
-        dweight = torch.mm(grad.T, x.to(grad.dtype) * scale)
+    if kept:
+        scale = dloss.to(dtype).unsqueeze(1)
+        scaled, w = x.to(dtype) * scale, weight.to(dtype)
+        dx, dweight = x.new_empty(x.shape, dtype=dtype), torch.zeros_like(w)
+        for chunk, grad in zip(_pieces(x.shape[0], weight.shape[0], CHUNK_ELEMENTS), kept, strict=False):
+            grad = grad[: chunk.stop - chunk.start]
+            torch.mm(grad, w, out=dx[chunk])
+            dweight.addmm_(grad.T, scaled[chunk])
+        dx.mul_(scale)
     else:
-        dx, dweight = _chunked_bwd(dloss, x, weight, targets, lse, ignore_index, label_smoothing, z_loss, kept.dtype)
+        dx, dweight = _chunked_bwd(dloss, x, weight, targets, lse, ignore_index, label_smoothing, z_loss, dtype)
     dx = dx.to(x.dtype)
     if x.shape[0] != tokens:
         dx = dx.new_zeros(tokens, x.shape[1]).index_copy_(0, index, dx)
@@ -320,22 +326,23 @@ def _torch_bwd(
 def _linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, z_loss: float,
     dtype: torch.dtype, keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """x [T, D], weight [V, D], targets [T] -> loss, lse [T], and if `keep` (the PyTorch path's alone) the gradients by
-    the logits of tokens that count, then zeros [T, V] in the compute dtype `dtype`; else [0, V]."""
+    the logits of tokens that count, in chunks of rows that allocators can use again, in the compute dtype `dtype`; rows
+    past those tokens are zero."""
     forward = _triton_fwd if _launch.use_triton(x) else _torch_fwd
     return forward(x, weight, targets, ignore_index, label_smoothing, z_loss, dtype, keep)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("linear_cross_entropy_backward"), mutates_args=())
 def _linear_cross_entropy_backward(
-    dloss: Tensor, x: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, kept: Tensor, ignore_index: int,
-    label_smoothing: float, z_loss: float,
+    dloss: Tensor, x: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, kept: list[Tensor], ignore_index: int,
+    label_smoothing: float, z_loss: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dloss [T] and the forward's inputs and outputs -> dx [T, D], dweight [V, D]."""
     if not _launch.use_triton(x):
-        return _torch_bwd(dloss, x, weight, targets, lse, kept, ignore_index, label_smoothing, z_loss)
-    dx, dweight = _chunked_bwd(dloss, x, weight, targets, lse, ignore_index, label_smoothing, z_loss, kept.dtype)
+        return _torch_bwd(dloss, x, weight, targets, lse, kept, ignore_index, label_smoothing, z_loss, dtype)
+    dx, dweight = _chunked_bwd(dloss, x, weight, targets, lse, ignore_index, label_smoothing, z_loss, dtype)
     return dx.to(x.dtype), dweight
 
 
@@ -343,33 +350,35 @@ def _linear_cross_entropy_backward(
 def _(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, z_loss: float,
     dtype: torch.dtype, keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    tokens = x.shape[0]
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    tokens, vocab = x.shape[0], weight.shape[0]
     loss, lse = (x.new_empty(tokens, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(2))
-    return loss, lse, x.new_empty(tokens if keep else 0, weight.shape[0], dtype=dtype)
+    chunks = _pieces(tokens, vocab, CHUNK_ELEMENTS) if keep else []
+    return loss, lse, [x.new_empty(chunk.stop - chunk.start, vocab, dtype=dtype) for chunk in chunks]
 
 
 @_linear_cross_entropy_backward.register_fake
 def _(
-    dloss: Tensor, x: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, kept: Tensor, ignore_index: int,
-    label_smoothing: float, z_loss: float,
+    dloss: Tensor, x: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, kept: list[Tensor], ignore_index: int,
+    label_smoothing: float, z_loss: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, weight, targets, *settings, _, _ = inputs
+    x, weight, targets, *settings, _ = inputs
     _, lse, kept = output
-    ctx.mark_non_differentiable(lse, kept)
+    ctx.mark_non_differentiable(lse, *kept)
     ctx.set_materialize_grads(False)  # else zeros of kept's size would come back for it
-    ctx.save_for_backward(x, weight, targets, lse, kept)
+    ctx.save_for_backward(x, weight, targets, lse, *kept)
     ctx.settings = settings
 
 
 def _backward(ctx, dloss, dlse, dkept):
     if dloss is None:  # nothing came back
         return (None,) * 8
-    return *_linear_cross_entropy_backward(dloss, *ctx.saved_tensors, *ctx.settings), *[None] * 6
+    x, weight, targets, lse, *kept = ctx.saved_tensors
+    return *_linear_cross_entropy_backward(dloss, x, weight, targets, lse, kept, *ctx.settings), *[None] * 6
 
 
 _linear_cross_entropy.register_autograd(_backward, setup_context=_setup)
