@@ -16,8 +16,7 @@ Runs on every GPU Triton knows; Dqk up to 192 and Dv up to 128 there.
 On the PyTorch path documents are laid side by side in rectangles of similar length: a causal row never sees the padding
 behind it, so no mask over documents is needed; a rectangle of one document is no copy but a view. Within a rectangle,
 blocks of query rows meet all their keys in batched matrix products, small enough for their scores to stay in the
-caches, where the backward computes them again: keeping them costs more in fresh memory. Scores are rounded to the
-compute dtype before an fp32 softmax, as in any unfused attention.
+caches. Scores are rounded to the compute dtype before an fp32 softmax, as in any unfused attention.
 Test: tests/kernels/test_mla_attention.py. Benchmark: benchmarks/ops/mla_attention.py.
 """
 
@@ -26,7 +25,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, overload
 
 import torch
@@ -41,7 +40,8 @@ __all__ = ["mla_attention", "mla_attention_reference"]
 
 MAX_WIDTH, MAX_V_WIDTH = 192, 128  # on the Triton path
 QUERY_BLOCK = 128  # rows of scores in memory at once, a document and head
-SCORES = 1 << 18  # scores in memory at once where documents are short: what stays in a CPU's caches
+SCORES = 1 << 18  # scores worked on at once where documents are short: what stays in a CPU's caches
+KEPT_ELEMENTS = 1 << 23  # probabilities kept for the backward at most; computed again where there are more
 
 
 def mla_attention_reference(
@@ -331,8 +331,8 @@ def _tiles(tokens: int, documents: int, block: int) -> int:
 
 
 def _triton_fwd(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, with_lse: bool
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, with_lse: bool, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     (tokens, heads, _), documents = q.shape, cu_seqlens.shape[0] - 1
     out = q.new_empty(tokens, heads, v.shape[2])
     lse = q.new_empty(heads, tokens, dtype=torch.float32)
@@ -345,12 +345,12 @@ def _triton_fwd(
         q, q_rest, k, k_rest, v, out, lse, cu_seqlens, tokens, documents, tiles, scale * math.log2(math.e),
         *_strides(q, q_rest, k, k_rest, v, out), **shape, **config,
     )  # fmt: skip
-    return out, lse
+    return out, lse, q.new_empty(0)
 
 
 def _triton_bwd(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, causal: bool,
-    scale: float,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: Tensor, cu_seqlens: Tensor,
+    causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     (tokens, heads, _), documents = q.shape, cu_seqlens.shape[0] - 1
     dq = q.new_empty(q.shape)
@@ -464,51 +464,79 @@ def _blocks(rectangle: _Rectangle, causal: bool) -> Iterator[tuple[slice, slice]
         yield slice(first, last), slice(0, last if causal else rectangle.length)
 
 
-def _scores(q: Tensor, k: Tensor, rows: slice, causal: bool) -> Tensor:
+def _kept_size(rectangles: list[_Rectangle], heads: int, causal: bool) -> int:
+    """Number of probabilities that are kept: all or none."""
+    blocks = [(r.rows * heads, rows, seen) for r in rectangles for rows, seen in _blocks(r, causal)]
+    size = sum(batch * (rows.stop - rows.start) * seen.stop for batch, rows, seen in blocks)
+    return size if size <= KEPT_ELEMENTS else 0
+
+
+def _places(kept: Tensor) -> Callable[[int, slice, slice], Tensor | None]:
+    """Gives blocks their probabilities' places [B, M, N] in `kept`, one after the other; None if there are none."""
+    rest = kept
+
+    def place(batch: int, rows: slice, seen: slice) -> Tensor | None:
+        nonlocal rest
+        if kept.numel() == 0:
+            return None
+        shape = batch, rows.stop - rows.start, seen.stop
+        found, rest = rest[: math.prod(shape)].view(shape), rest[math.prod(shape) :]
+        return found
+
+    return place
+
+
+def _scores(q: Tensor, k: Tensor, rows: slice, causal: bool, out: Tensor | None = None) -> Tensor:
     """Scaled query block q [B, M, D], `rows` of the documents, against keys k [B, N, D] -> [B, M, N]."""
-    scores = torch.bmm(q, k.transpose(1, 2))
+    scores = torch.bmm(q, k.transpose(1, 2)) if out is None else torch.bmm(q, k.transpose(1, 2), out=out)
     if causal:  # keys before the block are seen by all its rows
         scores[:, :, rows.start :] += q.new_full((q.shape[1], q.shape[1]), -math.inf).triu_(1)
     return scores
 
 
 def _torch_fwd(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, with_lse: bool
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, with_lse: bool, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     tokens, heads, _ = q.shape
     q, k, v = q * scale, k.expand(-1, heads, -1), v.expand(-1, heads, -1)
+    rectangles = _rectangles(_bounds(cu_seqlens, tokens), heads, causal)
     out = q.new_empty(tokens, heads, v.shape[-1])
     lse = q.new_empty(tokens if with_lse else 0, heads, 1, dtype=_statistic(q))
-    for rectangle in _rectangles(_bounds(cu_seqlens, tokens), heads, causal):
+    kept = q.new_empty(_kept_size(rectangles, heads, causal) if keep else 0)
+    places = _places(kept)
+    for rectangle in rectangles:
         qr, kr, vr = (rectangle.take(x) for x in (q, k, v))
         result = vr.new_empty(vr.shape)
         sums = lse.new_empty(*vr.shape[:2], 1) if with_lse else None
         for rows, seen in _blocks(rectangle, causal):
-            scores = _scores(qr[:, rows], kr[:, seen], rows, causal)
+            scores = _scores(qr[:, rows], kr[:, seen], rows, causal, places(qr.shape[0], rows, seen))
             if sums is not None:
                 sums[:, rows, 0] = scores.to(lse.dtype).logsumexp(-1)
             result[:, rows] = torch.bmm(torch.softmax(scores, -1, out=scores), vr[:, seen])
         rectangle.put(out, result)
         if sums is not None:
             rectangle.put(lse, sums)
-    return out, lse.squeeze(2).t().contiguous()
+    return out, lse.squeeze(2).t().contiguous(), kept
 
 
 def _torch_bwd(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, causal: bool,
-    scale: float,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: Tensor, cu_seqlens: Tensor,
+    causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     tokens, heads, _ = q.shape
     dq = q.new_empty(q.shape)
     dk, dv = (x.new_empty(tokens, heads, x.shape[-1]) for x in (k, v))
     q, k_heads, v_heads = q * scale, k.expand(-1, heads, -1), v.expand(-1, heads, -1)
+    places = _places(kept)
     for rectangle in _rectangles(_bounds(cu_seqlens, tokens), heads, causal):
         qr, kr, vr = (rectangle.take(x) for x in (q, k_heads, v_heads))
         dor = rectangle.take_gradient(dout)
         dqr, dkr, dvr = qr.new_empty(qr.shape), kr.new_zeros(kr.shape), vr.new_zeros(vr.shape)
         for rows, seen in _blocks(rectangle, causal):
-            p = _scores(qr[:, rows], kr[:, seen], rows, causal)
-            torch.softmax(p, -1, out=p)
+            p = places(qr.shape[0], rows, seen)
+            if p is None:
+                p = _scores(qr[:, rows], kr[:, seen], rows, causal)
+                torch.softmax(p, -1, out=p)
             dp = torch.bmm(dor[:, rows], vr[:, seen].transpose(1, 2))
             ds = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
             dqr[:, rows] = torch.bmm(ds, kr[:, seen])
@@ -527,21 +555,22 @@ def _torch_bwd(
 
 @torch.library.custom_op(add_op_namespace_prefix("mla_attention"), mutates_args=())
 def _mla_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, with_lse: bool
-) -> tuple[Tensor, Tensor]:
-    """-> out [T, H, Dv], lse [H, T] ([H, 0] on the PyTorch path unless `with_lse`)."""
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, with_lse: bool, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> out [T, H, Dv], lse [H, T] ([H, 0] on the PyTorch path unless `with_lse`), and probabilities that the PyTorch
+    path's backward uses again, if `keep`."""
     forward = _triton_fwd if _launch.use_triton(q) else _torch_fwd
-    return forward(q, k, v, cu_seqlens, causal, scale, with_lse)
+    return forward(q, k, v, cu_seqlens, causal, scale, with_lse, keep)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("mla_attention_backward"), mutates_args=())
 def _mla_attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, causal: bool,
-    scale: float,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: Tensor, cu_seqlens: Tensor,
+    causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dout [T, H, Dv] and what the forward took and gave -> dq, dk, dv in their tensors' shapes and dtypes."""
     backward = _triton_bwd if _launch.use_triton(q) else _torch_bwd
-    return backward(dout, q, k, v, out, lse, cu_seqlens, causal, scale)
+    return backward(dout, q, k, v, out, lse, kept, cu_seqlens, causal, scale)
 
 
 def _statistic(x: Tensor) -> torch.dtype:
@@ -550,31 +579,35 @@ def _statistic(x: Tensor) -> torch.dtype:
 
 @_mla_attention.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, with_lse: bool
-) -> tuple[Tensor, Tensor]:
-    tokens, heads, _ = q.shape
-    lse = q.new_empty(heads, tokens if with_lse or _launch.use_triton(q) else 0, dtype=_statistic(q))
-    return q.new_empty(tokens, heads, v.shape[2]), lse
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, with_lse: bool, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    (tokens, heads, _), on_gpu = q.shape, _launch.use_triton(q)
+    lse = q.new_empty(heads, tokens if with_lse or on_gpu else 0, dtype=_statistic(q))
+    kept = torch.library.get_ctx().new_dynamic_size() if keep and not on_gpu else 0
+    return q.new_empty(tokens, heads, v.shape[2]), lse, q.new_empty(kept)
 
 
 @_mla_attention_backward.register_fake
 def _(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, causal: bool,
-    scale: float,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: Tensor, cu_seqlens: Tensor,
+    causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup(ctx, inputs, output) -> None:
-    q, k, v, cu_seqlens, ctx.causal, ctx.scale, _ = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
+    q, k, v, cu_seqlens, ctx.causal, ctx.scale, *_ = inputs
+    out, lse, kept = output
+    ctx.mark_non_differentiable(lse, kept)
+    ctx.set_materialize_grads(False)  # else zeros of kept's size would come back for it
+    ctx.save_for_backward(q, k, v, out, lse, kept, cu_seqlens)
 
 
-def _backward(ctx, dout, dlse):
+def _backward(ctx, dout, dlse, dkept):
+    if dout is None:  # nothing came back
+        return (None,) * 8
     grads = _mla_attention_backward(dout, *ctx.saved_tensors, ctx.causal, ctx.scale)
-    return *grads, None, None, None, None
+    return *grads, None, None, None, None, None
 
 
 _mla_attention.register_autograd(_backward, setup_context=_setup)
@@ -629,5 +662,6 @@ def mla_attention(
         if v.shape[2] > MAX_V_WIDTH:
             raise ValueError(f"v: got {v.shape[2]} columns, allowed are up to {MAX_V_WIDTH}")
         cu_seqlens = cu_seqlens.to(q.device, torch.int32)
-    out, lse = _mla_attention(q, k, v, cu_seqlens, causal, scale, return_lse)
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    out, lse, _ = _mla_attention(q, k, v, cu_seqlens, causal, scale, return_lse, keep)
     return (out, lse.t()) if return_lse else out

@@ -62,6 +62,7 @@ CASES: dict[str, tuple[Op, Inputs]] = {
     "cross-entropy, computed again": (_cross_entropy, _cross_entropy_inputs),
     "smoothed cross-entropy": (_smoothed_cross_entropy, _cross_entropy_inputs),
     "smoothed cross-entropy, computed again": (_smoothed_cross_entropy, _cross_entropy_inputs),
+    "attention, computed again": (_attention, _attention_inputs),
     "attention": (_attention, _attention_inputs),
     "attention, both ways": (
         lambda q, k, v: kernels.mla_attention(q, k, v, CU_SEQLENS, causal=False),
@@ -114,6 +115,7 @@ def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tup
     op, inputs = CASES[name]
     if "computed again" in name:
         monkeypatch.setattr(importlib.import_module("minids_kernels.cross_entropy"), "KEPT_ELEMENTS", 0)
+        monkeypatch.setattr(importlib.import_module("minids_kernels.mla_attention"), "KEPT_ELEMENTS", 0)
     return op, inputs()
 
 

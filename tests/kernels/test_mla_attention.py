@@ -177,12 +177,12 @@ def test_tokens_beyond_two_to_the_31(device: torch.device) -> None:
 def test_registration(device: torch.device) -> None:
     cu_seqlens = cumulative([5, 0, 1, 8]).to(device)
     q, k, v = (x.to(device).requires_grad_() for x in inputs(14, 1))
-    for with_lse in (False, True):
-        opcheck(ops.mla_attention.default, (q, k, v, cu_seqlens, True, 0.3, with_lse))
+    for with_lse, keep in ((False, False), (True, True)):
+        opcheck(ops.mla_attention.default, (q, k, v, cu_seqlens, True, 0.3, with_lse, keep))
     q, k, v = (x.detach() for x in (q, k, v))
-    out, lse = ops.mla_attention(q, k, v, cu_seqlens, True, 0.3, True)
+    out, lse, kept = ops.mla_attention(q, k, v, cu_seqlens, True, 0.3, True, True)
     dout = torch.randn(14, HEADS, V_WIDTH, device=device)
-    opcheck(ops.mla_attention_backward.default, (dout, q, k, v, out, lse, cu_seqlens, True, 0.3))
+    opcheck(ops.mla_attention_backward.default, (dout, q, k, v, out, lse, kept, cu_seqlens, True, 0.3))
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -200,17 +200,20 @@ def test_reference_agrees_with_torch(lengths: list[int], causal: bool) -> None:
     key_heads=st.sampled_from([1, HEADS]), value_heads=st.sampled_from([1, HEADS]),
     scale=st.sampled_from([None, 0.1, 1.0]), block=st.sampled_from([1, 5, 16, 128]),
     scores=st.sampled_from([1, 1 << 10, 1 << 18]),
+    kept=st.booleans(),
     seed=st.integers(0, 2**16),
 )  # fmt: skip
 def test_any_documents(
     lengths: list[int], causal: bool, key_heads: int, value_heads: int, scale: float | None, block: int, scores: int,
-    seed: int,
+    kept: bool, seed: int,
 ) -> None:  # fmt: skip
     torch.manual_seed(seed)
     cu_seqlens = cumulative(lengths)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(room, "QUERY_BLOCK", block)
         patch.setattr(room, "SCORES", scores)
+        if not kept:
+            patch.setattr(room, "KEPT_ELEMENTS", 0)
         room._rectangles.cache_clear()
         check(
             lambda q, k, v: mla_attention(q, k, v, cu_seqlens, causal, scale),
