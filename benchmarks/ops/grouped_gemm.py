@@ -1,4 +1,4 @@
-"""Grouped matrix products: what to compile ahead of time."""
+"""Grouped matrix products: what to time and what to compile ahead of time."""
 
 from __future__ import annotations
 
@@ -6,10 +6,66 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from minids_kernels import _launch, grouped_gemm
+import torch.nn.functional as F
+from minids_kernels import _launch, grouped_gemm, grouped_gemm_reference
+from torch import Tensor
+
+from benchmarks.protocol import OURS, Case, Contestant, Inputs, calls, exact, normal
 
 DTYPE = torch.bfloat16
 EXPERTS, WIDTH, INNER = 8, 7168, 2048  # DeepSeek-V3's, on one of 32 devices
+
+
+# rows in all, output columns, K, experts: V3's two products on one of 32 and one of 8 devices, decoding, mini models
+GPU_SHAPES = [
+    (8192, 4096, 7168, 8), (8192, 7168, 2048, 8), (8192, 4096, 7168, 32), (8192, 7168, 2048, 32), (256, 4096, 7168, 32),
+]  # fmt: skip
+CPU_SHAPES = [(4096, 256, 256, 8), (4096, 256, 128, 8), (4096, 256, 256, 64)]
+QUICK_GPU_SHAPES, QUICK_CPU_SHAPES = [(8192, 4096, 7168, 8)], [(256, 64, 64, 8)]
+
+
+def loop(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+    bounds = offsets.tolist()
+    return torch.cat([x[bounds[e] : bounds[e + 1]] @ w[e].T for e in range(w.shape[0])])
+
+
+def functional(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+    return F.grouped_mm(x, w.transpose(1, 2), offs=offsets[1:])
+
+
+def _case(rows: int, n: int, k: int, experts: int, dtype: torch.dtype, mode: str, device: torch.device) -> Case:
+    """Experts' loads as of routing by independent draws."""
+
+    def make() -> Inputs:
+        x, w = normal(rows, k, device=device, dtype=dtype), normal(experts, n, k, device=device, dtype=dtype)
+        counts = torch.bincount(torch.randint(experts, (rows,), device=device), minlength=experts)
+        offsets = F.pad(counts.cumsum(0), (1, 0)).int()
+        return Inputs((x, w, offsets), () if mode == "fwd" else (normal(rows, n, device=device, dtype=dtype),))
+
+    elements = rows * k + experts * n * k + rows * n
+    return Case(
+        name=mode,
+        shape={"M": rows, "N": n, "K": k, "E": experts},
+        dtype=dtype,
+        make=make,
+        reference=exact(grouped_gemm_reference, mode),
+        contestants={
+            OURS: Contestant(calls(grouped_gemm, mode), package="minids"),
+            "eager": Contestant(calls(loop, mode)),
+            "F.grouped_mm": Contestant(calls(functional, mode)),
+        },
+        tolerance=1e-2 if dtype == torch.bfloat16 else 1e-5,  # of the root mean square: roundings of the dtype
+        bytes=(1 if mode == "fwd" else 3) * elements * dtype.itemsize,
+        flops=(1 if mode == "fwd" else 3) * 2 * rows * n * k,
+    )
+
+
+def cases(device: torch.device, quick: bool) -> list[Case]:
+    if device.type == "cuda":
+        shapes, dtype = (QUICK_GPU_SHAPES if quick else GPU_SHAPES), torch.bfloat16
+    else:
+        shapes, dtype = (QUICK_CPU_SHAPES if quick else CPU_SHAPES), torch.float32
+    return [_case(*shape, dtype, mode, device) for shape in shapes for mode in ("fwd", "fwd+bwd")]
 
 
 def launches(arch: str, every: bool) -> list[tuple[str, Callable[[], Any]]]:

@@ -6,10 +6,81 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from minids_kernels import _launch, mla_attention
+import torch.nn.functional as F
+from minids_kernels import _launch, mla_attention, mla_attention_reference
+from torch import Tensor
+
+from benchmarks.protocol import OURS, Case, Contestant, Inputs, calls, exact, normal
 
 DTYPE = torch.bfloat16
 KERNELS = ("mla_attention_fwd", "mla_attention_dq", "mla_attention_dkdv")
+
+
+# tokens, documents, heads, Dqk, Dv: V3's heads on one of 8 devices, mini models
+GPU_SHAPES = [(8192, 1, 16, 192, 128), (32_768, 1, 16, 192, 128), (8192, 16, 16, 192, 128), (8192, 4, 8, 48, 32)]
+CPU_SHAPES = [(2048, 8, 8, 48, 32), (2048, 16, 8, 48, 32), (2048, 1, 8, 48, 32)]
+QUICK_GPU_SHAPES, QUICK_CPU_SHAPES = [(8192, 1, 16, 192, 128)], [(128, 4, 2, 24, 16)]
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    return x.transpose(0, 1).unsqueeze(0)
+
+
+def dense_mask(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """All documents as one sequence under a [T, T] mask."""
+    index = torch.arange(q.shape[0], device=q.device)
+    document = torch.bucketize(index, cu_seqlens.long(), right=True)
+    mask = (document.unsqueeze(1) == document) & (index.unsqueeze(1) >= index)
+    out = F.scaled_dot_product_attention(*(_heads_first(x) for x in (q, k, v)), attn_mask=mask)
+    return out.squeeze(0).transpose(0, 1)
+
+
+def each_document(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """One call a document, whose lengths the host must know."""
+    lengths = cu_seqlens.diff().tolist()
+    parts = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+    outs = [F.scaled_dot_product_attention(*(_heads_first(x) for x in part), is_causal=True) for part in parts]
+    return torch.cat([out.squeeze(0).transpose(0, 1) for out in outs])
+
+
+def _case(
+    tokens: int, documents: int, heads: int, width: int, value: int, dtype: torch.dtype, mode: str, device: torch.device
+) -> Case:
+    """Equally long documents."""
+    length = tokens // documents
+
+    def make() -> Inputs:
+        q, k, v, dout = (
+            normal(tokens, heads, last, device=device, dtype=dtype) for last in (width, width, value, value)
+        )
+        cu_seqlens = torch.arange(0, tokens + 1, length, dtype=torch.int32, device=device)
+        return Inputs((q, k, v, cu_seqlens), () if mode == "fwd" else (dout,))
+
+    pairs = documents * length * (length + 1) // 2 * heads  # of rows that see each other
+    products = {"fwd": width + value, "fwd+bwd": 4 * width + 3 * value}[mode]
+    return Case(
+        name=mode,
+        shape={"T": tokens, "documents": documents, "H": heads, "Dqk": width, "Dv": value},
+        dtype=dtype,
+        make=make,
+        reference=exact(mla_attention_reference, mode),
+        contestants={
+            OURS: Contestant(calls(mla_attention, mode), package="minids"),
+            "eager": Contestant(calls(each_document, mode)),
+            "dense mask": Contestant(calls(dense_mask, mode)),
+        },
+        tolerance=1e-2 if dtype == torch.bfloat16 else 1e-5,  # of the root mean square: roundings of the dtype
+        bytes=(1 if mode == "fwd" else 3) * tokens * heads * 2 * (width + value) * dtype.itemsize,
+        flops=2 * pairs * products,
+    )
+
+
+def cases(device: torch.device, quick: bool) -> list[Case]:
+    if device.type == "cuda":
+        shapes, dtype = (QUICK_GPU_SHAPES if quick else GPU_SHAPES), torch.bfloat16
+    else:
+        shapes, dtype = (QUICK_CPU_SHAPES if quick else CPU_SHAPES), torch.float32
+    return [_case(*shape, dtype, mode, device) for shape in shapes for mode in ("fwd", "fwd+bwd")]
 
 
 def launches(arch: str, every: bool) -> list[tuple[str, Callable[[], Any]]]:

@@ -6,9 +6,60 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from minids_kernels import _launch, swiglu
+import torch.nn.functional as F
+from minids_kernels import _launch, swiglu, swiglu_reference
+from torch import Tensor
+
+from benchmarks.protocol import OURS, Case, Contestant, Inputs, calls, compiled, exact, normal
 
 DTYPE = torch.bfloat16
+
+# tokens and inner width: V3's experts and dense layers, mini models
+GPU_SHAPES, CPU_SHAPES = [(8192, 2048), (4096, 18_432), (128, 2048)], [(2048, 768), (4096, 128)]
+QUICK_GPU_SHAPES, QUICK_CPU_SHAPES = [(8192, 2048)], [(256, 128)]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # a few roundings of the dtype
+
+
+def eager(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def liger(gate_up: Tensor) -> Tensor:
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    return LigerSiLUMulFunction.apply(*gate_up.chunk(2, -1))
+
+
+def _case(rows: int, width: int, dtype: torch.dtype, mode: str, device: torch.device) -> Case:
+    def make() -> Inputs:
+        douts = () if mode == "fwd" else (normal(rows, width, device=device, dtype=dtype),)
+        return Inputs((normal(rows, 2 * width, device=device, dtype=dtype),), douts)
+
+    passes = {"fwd": 3, "bwd": 5, "fwd+bwd": 8}[mode]  # gate, up, y; dy, gate, up, dgate, dup
+    return Case(
+        name=mode,
+        shape={"M": rows, "N": width},
+        dtype=dtype,
+        make=make,
+        reference=exact(swiglu_reference, mode),
+        contestants={
+            OURS: Contestant(calls(swiglu, mode), package="minids"),
+            "eager": Contestant(calls(eager, mode)),
+            "compile": Contestant(compiled(eager, mode)),
+            "liger": Contestant(calls(liger, mode), package="liger-kernel", on=("cuda",)),
+        },
+        tolerance=TOLERANCE[dtype],
+        bytes=passes * rows * width * dtype.itemsize,
+    )
+
+
+def cases(device: torch.device, quick: bool) -> list[Case]:
+    if device.type == "cuda":
+        shapes, dtype = (QUICK_GPU_SHAPES if quick else GPU_SHAPES), torch.bfloat16
+    else:
+        shapes, dtype = (QUICK_CPU_SHAPES if quick else CPU_SHAPES), torch.float32
+    return [_case(*shape, dtype, mode, device) for shape in shapes for mode in ("fwd", "bwd", "fwd+bwd")]
 
 
 def launches(arch: str, every: bool) -> list[tuple[str, Callable[[], Any]]]:
