@@ -1,12 +1,13 @@
 """Greedy decoding beside transformers' DeepseekV3ForCausalLM: the same weights, one process, turn by turn.
 
     python -m benchmarks.decode [--contexts 128 512 2048] [--batch 1] [--tokens 24] [--repeats 7] [--threads 2]
+                                [--dtypes fp32 bf16]
 
 Time a token is taken from the first new token to the last, so the prompt's pass is not in it. Each side runs in each of
 its precisions (and transformers with each of its expert implementations for single tokens); sides take turns, and the
 ratio compares the fastest median of one with the fastest median of the other. Before that, both sides' greedy ids in
-fp32 must agree. The last line is one JSON object. Run it alone on the machine: another process on the cores slows both
-sides several times over, and not alike.
+the first of --dtypes must agree. The last line is one JSON object. Run it alone on the machine: another process on the
+cores slows both sides several times over, and not alike.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,23 +77,22 @@ def transformers_side(model: Any) -> Generate:
     return generate
 
 
-def sides() -> dict[str, dict[str, Generate]]:
+def sides(dtypes: Sequence[str]) -> dict[str, dict[str, Generate]]:
     """Side -> variant -> how to generate."""
     model = our_model()
-    ours = {"fp32": minids_side(model)}
-    theirs = {}
+    ours, theirs = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(to_hf_config(MINI)))
         state = {name: tensor.contiguous() for name, tensor in to_hf_state(model.state_dict(), MINI)}
         save_file(state, Path(folder) / "model.safetensors", metadata={"format": "pt"})
-        for name, dtype in DTYPES.items():
+        for name in dtypes:
+            mine = our_model()
+            for parameter in mine.parameters():
+                parameter.data = parameter.data.to(DTYPES[name])
+            ours[name] = minids_side(mine)
             for experts in EXPERTS:
-                peer = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation=experts)
+                peer = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=DTYPES[name], experts_implementation=experts)
                 theirs[f"{name} {experts}"] = transformers_side(peer.eval())
-    half = our_model()
-    for parameter in half.parameters():
-        parameter.data = parameter.data.bfloat16()
-    ours["bf16"] = minids_side(half)
     return {"minids": ours, "transformers": theirs}
 
 
@@ -127,20 +127,21 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--tokens", type=int, default=24, help="new tokens of each generation")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of all sides")
     parser.add_argument("--threads", type=int, help="default: torch's")
     args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if args.threads:
         torch.set_num_threads(args.threads)
-    all_sides = sides()
+    all_sides = sides(args.dtypes)
     prompt = torch.randint(2, MINI.vocab_size, (max(args.batch), max(args.contexts)))
     ids, peer_ids = (
         generate(prompt[:, :128], 64, lambda: None)
-        for generate in (all_sides["minids"]["fp32"], all_sides["transformers"]["fp32 eager"])
+        for generate in (all_sides["minids"][args.dtypes[0]], all_sides["transformers"][f"{args.dtypes[0]} eager"])
     )
     if not torch.equal(ids, peer_ids):
-        sys.exit("greedy ids of minids and transformers differ in fp32")
+        sys.exit(f"greedy ids of minids and transformers differ in {args.dtypes[0]}")
     cases = []
     for batch in args.batch:
         for context in args.contexts:

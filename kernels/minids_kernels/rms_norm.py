@@ -51,6 +51,38 @@ def load_sum(
 
 
 @triton.jit
+def load_normed(
+    x_ptr, residual_ptr, sum_ptr, rstd_ptr, row, M, N, x_stride, residual_stride, eps,
+    HAS_RESIDUAL: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A first pass over rows `row` [ROWS] of x (+ residual, written to sum): -> x [ROWS, BLOCK_N] in fp32 (if
+    WIDE, nothing of use), and rstd [ROWS, 1], also written."""
+    rows = row[:, None]
+    cols = tl.arange(0, BLOCK_N)[None, :]
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    if WIDE:
+        squares = tl.zeros((ROWS, BLOCK_N), tl.float32)
+        for start in tl.range(0, N, BLOCK_N):
+            mask = (rows < M) & (start + cols < N)
+            part = load_sum(
+                x_ptr, residual_ptr, rows, start + cols, mask, x_stride, residual_stride, dtype, HAS_RESIDUAL
+            )  # fmt: skip
+            squares += part * part
+            if HAS_RESIDUAL:
+                tl.store(sum_ptr + rows * N + start + cols, part.to(dtype), mask=mask)
+        x = squares
+    else:
+        mask = (rows < M) & (cols < N)
+        x = load_sum(x_ptr, residual_ptr, rows, cols, mask, x_stride, residual_stride, dtype, HAS_RESIDUAL)
+        squares = x * x
+        if HAS_RESIDUAL:
+            tl.store(sum_ptr + rows * N + cols, x.to(dtype), mask=mask)
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(squares, axis=1) / N + eps)
+    tl.store(rstd_ptr + row, rstd, mask=row < M)
+    return x, rstd[:, None]
+
+
+@triton.jit
 def _rms_norm_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, rstd_ptr, M, N, x_stride, residual_stride, eps,
     HAS_RESIDUAL: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -60,31 +92,21 @@ def _rms_norm_fwd_kernel(
     rows = row[:, None]
     cols = tl.arange(0, BLOCK_N)[None, :]
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    if WIDE:
-        squares = tl.zeros((ROWS, BLOCK_N), tl.float32)
-        for start in tl.range(0, N, BLOCK_N):
-            mask = (rows < M) & (start + cols < N)
-            x = load_sum(x_ptr, residual_ptr, rows, start + cols, mask, x_stride, residual_stride, dtype, HAS_RESIDUAL)
-            squares += x * x
-            if HAS_RESIDUAL:
-                tl.store(sum_ptr + rows * N + start + cols, x.to(dtype), mask=mask)
-    else:
-        mask = (rows < M) & (cols < N)
-        x = load_sum(x_ptr, residual_ptr, rows, cols, mask, x_stride, residual_stride, dtype, HAS_RESIDUAL)
-        squares = x * x
-        if HAS_RESIDUAL:
-            tl.store(sum_ptr + rows * N + cols, x.to(dtype), mask=mask)
-    rstd = 1.0 / tl.sqrt_rn(tl.sum(squares, axis=1) / N + eps)
-    tl.store(rstd_ptr + row, rstd, mask=row < M)
-    rstd = rstd[:, None]
+    x, rstd = load_normed(
+        x_ptr, residual_ptr, sum_ptr, rstd_ptr, row, M, N, x_stride, residual_stride, eps, HAS_RESIDUAL, WIDE, ROWS,
+        BLOCK_N,
+    )  # fmt: skip
     if WIDE:
         for start in tl.range(0, N, BLOCK_N):
             mask = (rows < M) & (start + cols < N)
-            x = load_sum(x_ptr, residual_ptr, rows, start + cols, mask, x_stride, residual_stride, dtype, HAS_RESIDUAL)
+            part = load_sum(
+                x_ptr, residual_ptr, rows, start + cols, mask, x_stride, residual_stride, dtype, HAS_RESIDUAL
+            )  # fmt: skip
             weight = tl.load(weight_ptr + start + cols, mask=start + cols < N, other=0.0).to(tl.float32)
-            tl.store(y_ptr + rows * N + start + cols, (x * rstd * weight).to(y_ptr.dtype.element_ty), mask=mask)
+            tl.store(y_ptr + rows * N + start + cols, (part * rstd * weight).to(y_ptr.dtype.element_ty), mask=mask)
     else:
         weight = tl.load(weight_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
+        mask = (rows < M) & (cols < N)
         tl.store(y_ptr + rows * N + cols, (x * rstd * weight).to(y_ptr.dtype.element_ty), mask=mask)
 
 

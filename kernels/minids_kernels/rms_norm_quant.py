@@ -33,7 +33,7 @@ from .fp8_quant import (
     quantize_tiles_transposed_reference,
     scales_of,
 )
-from .rms_norm import _rows, check_inputs, load_sum, rms_norm_reference, torch_fwd
+from .rms_norm import _rows, check_inputs, load_normed, load_sum, rms_norm_reference, torch_fwd
 
 __all__ = ["rms_norm_quant", "rms_norm_quant_reference"]
 
@@ -84,29 +84,18 @@ def _rms_norm_quant_kernel(
     rows = row[:, None]
     cols = tl.arange(0, BLOCK_N)[None, :]
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    if WIDE:
-        squares = tl.zeros((ROWS, BLOCK_N), tl.float32)
-        for start in tl.range(0, N, BLOCK_N):
-            mask = (rows < M) & (start + cols < N)
-            x = load_sum(x_ptr, residual_ptr, rows, start + cols, mask, x_stride, residual_stride, dtype, HAS_RESIDUAL)
-            squares += x * x
-            if HAS_RESIDUAL:
-                tl.store(sum_ptr + rows * N + start + cols, x.to(dtype), mask=mask)
-    else:
-        mask = (rows < M) & (cols < N)
-        x = load_sum(x_ptr, residual_ptr, rows, cols, mask, x_stride, residual_stride, dtype, HAS_RESIDUAL)
-        squares = x * x
-        if HAS_RESIDUAL:
-            tl.store(sum_ptr + rows * N + cols, x.to(dtype), mask=mask)
-    rstd = 1.0 / tl.sqrt_rn(tl.sum(squares, axis=1) / N + eps)
-    tl.store(rstd_ptr + row, rstd, mask=row < M)
-    rstd = rstd[:, None]
+    x, rstd = load_normed(
+        x_ptr, residual_ptr, sum_ptr, rstd_ptr, row, M, N, x_stride, residual_stride, eps, HAS_RESIDUAL, WIDE, ROWS,
+        BLOCK_N,
+    )  # fmt: skip
     if WIDE:
         for start in tl.range(0, N, BLOCK_N):
             mask = (rows < M) & (start + cols < N)
-            x = load_sum(x_ptr, residual_ptr, rows, start + cols, mask, x_stride, residual_stride, dtype, HAS_RESIDUAL)
+            part = load_sum(
+                x_ptr, residual_ptr, rows, start + cols, mask, x_stride, residual_stride, dtype, HAS_RESIDUAL
+            )  # fmt: skip
             weight = tl.load(weight_ptr + start + cols, mask=start + cols < N, other=0.0).to(tl.float32)
-            _store_tiles(x * rstd * weight, codes_ptr, scales_ptr, rows, start, M, N, UE8M0, NATIVE, ROWS, BLOCK_N)
+            _store_tiles(part * rstd * weight, codes_ptr, scales_ptr, rows, start, M, N, UE8M0, NATIVE, ROWS, BLOCK_N)
     else:
         weight = tl.load(weight_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
         _store_tiles(x * rstd * weight, codes_ptr, scales_ptr, rows, 0, M, N, UE8M0, NATIVE, ROWS, BLOCK_N)
