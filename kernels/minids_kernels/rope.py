@@ -18,7 +18,7 @@ __all__ = ["rope", "rope_reference"]
 def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The rotation as a complex product in fp32; shapes as `rope`."""
     passed, rotated = x.split([x.shape[-1] - 2 * cos.shape[-1], 2 * cos.shape[-1]], dim=-1)
-    pairs = torch.view_as_complex(rotated.float().unflatten(-1, (-1, 2)).contiguous())
+    pairs = torch.view_as_complex(rotated.float().unflatten(-1, (-1, 2)).clone(memory_format=torch.contiguous_format))
     angles = torch.complex(cos.float(), sin.float()).unsqueeze(1)
     return torch.cat((passed, torch.view_as_real(pairs * angles).flatten(-2).to(x.dtype)), dim=-1)
 
@@ -28,7 +28,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     out = x.clone(memory_format=torch.contiguous_format)
     tail = out[..., out.shape[-1] - 2 * cos.shape[-1] :]
     wide = torch.promote_types(x.dtype, torch.float32)
-    pairs = torch.view_as_complex(tail.to(wide).unflatten(-1, (-1, 2)).contiguous())
+    own = tail.to(wide).unflatten(-1, (-1, 2)).clone(memory_format=torch.contiguous_format)  # at an even address
+    pairs = torch.view_as_complex(own)
     angles = torch.complex(cos.to(wide), sin.to(wide)).unsqueeze(1)
     tail.copy_(torch.view_as_real(pairs * angles).flatten(-2))
     return out

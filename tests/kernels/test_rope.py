@@ -13,7 +13,15 @@ from torch import Tensor
 
 from tests.kernels.numerics import MODES, assert_near, check, error_bound
 
-SHAPES = [(0, 2, 8, 4), (1, 1, 2, 2), (1, 3, 7, 2), (13, 5, 6, 6), (29, 2, 24, 8), (7, 0, 8, 4)]  # T, H, D, R
+SHAPES = [
+    (0, 2, 8, 4),
+    (1, 1, 2, 2),
+    (1, 1, 7, 2),
+    (1, 3, 7, 2),
+    (13, 5, 6, 6),
+    (29, 2, 24, 8),
+    (7, 0, 8, 4),
+]  # T, H, D, R
 
 
 def angles(tokens: int, width: int, start: int = 0) -> tuple[Tensor, Tensor]:
