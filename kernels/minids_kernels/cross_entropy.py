@@ -12,7 +12,7 @@ the loss's gradient by logits in one pass, and multiplies it twice: a chunk's ro
 what is summed over chunks in fp32 is dx, smaller than dweight by V / T. Besides its results the forward holds one x,
 the backward one x and dx in fp32. No atomics, no host syncs; ignored tokens are masked. Runs on every GPU Triton knows.
 
-PyTorch path: ignored tokens are left out altogether; pieces that fit a CPU's caches become losses and gradients.
+PyTorch path: ignored tokens are left out altogether; chunks of rows become losses and gradients.
 Small problems keep these gradients for the backward: a row's upstream factor scales its dx, and its x for dweight.
 Test: tests/kernels/test_cross_entropy.py. Benchmark: benchmarks/ops/cross_entropy.py.
 """
@@ -33,7 +33,7 @@ from ._ops import add_op_namespace_prefix
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_reference"]
 
 MIN_COLUMNS = 1024  # of a chunk of logits, however narrow x is
-PIECE_ELEMENTS = 1 << 19  # logits that the PyTorch path works on at once: what stays in a CPU's caches
+PIECE_ELEMENTS = 1 << 19  # logits that the PyTorch path's backward works on at once: what stays in a CPU's caches
 CHUNK_ELEMENTS = 1 << 22  # logits that the PyTorch path's forward makes at once
 KEPT_ELEMENTS = 1 << 24  # gradients by logits that the PyTorch path keeps for the backward
 LOWEST = torch.finfo(torch.float32).min

@@ -487,8 +487,9 @@ def _places(kept: Tensor) -> Callable[[int, slice, slice], Tensor | None]:
 
 
 def _scores(q: Tensor, k: Tensor, rows: slice, causal: bool, out: Tensor | None = None) -> Tensor:
-    """Scaled query block q [B, M, D], `rows` of the documents, against keys k [B, N, D] -> [B, M, N]."""
-    scores = torch.bmm(q, k.transpose(1, 2)) if out is None else torch.bmm(q, k.transpose(1, 2), out=out)
+    """Scaled query block q [B, M, D], `rows` of the documents, against keys k [B, N, D] -> [B, M, N],
+    in `out` if given."""
+    scores = torch.bmm(q, k.transpose(1, 2), out=out)
     if causal:  # keys before the block are seen by all its rows
         scores[:, :, rows.start :] += q.new_full((q.shape[1], q.shape[1]), -math.inf).triu_(1)
     return scores
