@@ -16,9 +16,10 @@ norm's columns), K what is summed over, E experts.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from torch import Tensor
 OURS = "minids"
 MODES = ("fwd", "bwd", "fwd+bwd")
 
+S = TypeVar("S")
 Run = Callable[[], Any]  # what is timed; returns a tensor or a tuple of tensors
 
 
@@ -94,6 +96,23 @@ class Tuning:
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def sizes(device: torch.device, quick: bool, gpu: Sequence[S], cpu: Sequence[S], small: S) -> Sequence[S]:
+    """The shapes to time: on a GPU its own, the first alone if `quick`; on a CPU its own, `small` alone if `quick`."""
+    if device.type == "cuda":
+        return gpu[:1] if quick else gpu
+    return [small] if quick else cpu
+
+
+def precision(device: torch.device) -> torch.dtype:
+    """What cases are timed in: bf16, on a CPU fp32, since few of them multiply bf16."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def combinations(**choices: Sequence[Any]) -> list[dict[str, Any]]:
+    """Every combination of the choices, as configs to try."""
+    return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
 
 
 def tensors(output: Any) -> list[Tensor]:

@@ -23,14 +23,28 @@ from minids_kernels import _launch, linear_cross_entropy, linear_cross_entropy_r
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.protocol import OURS, Absent, Case, Contestant, Inputs, Run, Tuning, calls, compiled, exact, normal
+from benchmarks.protocol import (
+    OURS,
+    Absent,
+    Case,
+    Contestant,
+    Inputs,
+    Run,
+    Tuning,
+    calls,
+    compiled,
+    exact,
+    normal,
+    precision,
+    sizes,
+)
 
 DTYPE = torch.bfloat16
 
 # tokens, vocabulary, width: V3's head, a 1B model's, a mini model's, ragged
 GPU_SHAPES = [(8192, 129_280, 7168), (4096, 129_280, 2048), (16_384, 6400, 512), (4099, 32_003, 1024)]
 CPU_SHAPES = [(2048, 6400, 256), (511, 32_003, 128)]
-QUICK_GPU_SHAPES, QUICK_CPU_SHAPES = [(2048, 32_000, 1024)], [(256, 1000, 64)]
+SMALL_SHAPE = (256, 1000, 64)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # a few roundings of the dtype, on logits and on gradients
 
 
@@ -96,10 +110,7 @@ def _case(tokens: int, vocab: int, width: int, dtype: torch.dtype, mode: str, de
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
-    if device.type == "cuda":
-        shapes, dtype = (QUICK_GPU_SHAPES if quick else GPU_SHAPES), DTYPE
-    else:
-        shapes, dtype = (QUICK_CPU_SHAPES if quick else CPU_SHAPES), torch.float32
+    shapes, dtype = sizes(device, quick, GPU_SHAPES, CPU_SHAPES, SMALL_SHAPE), precision(device)
     return [_case(*shape, dtype, mode, device) for shape in shapes for mode in ("fwd", "fwd+bwd")]
 
 

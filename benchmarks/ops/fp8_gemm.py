@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,19 @@ from minids_kernels import (
 )
 from torch import Tensor
 
-from benchmarks.protocol import OURS, Absent, Case, Contestant, Inputs, Run, calls, exact, normal
+from benchmarks.protocol import (
+    OURS,
+    Absent,
+    Case,
+    Contestant,
+    Inputs,
+    Run,
+    Tuning,
+    calls,
+    combinations,
+    exact,
+    normal,
+)
 
 K = 7168
 E4M3 = torch.float8_e4m3fn
@@ -166,6 +178,36 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
         *(_product(*shape, wgrad=True, device=device) for shape in wgrad),
         *(_linear(*shape, device=device) for shape in linear),
     ]
+
+
+def tuning() -> dict[str, Tuning]:
+    """At V3's width. Tensor descriptors and specialised warps are tried everywhere: chips that have none refuse."""
+
+    def bind(wgrad: bool) -> Callable[[Mapping[str, int]], Run]:
+        def run(shape: Mapping[str, int]) -> Run:
+            m, n = shape["M"], shape["N"]
+            case = _product(m, n, K, wgrad, torch.device("cuda"))
+            return case.contestants[OURS].bind(case.make())
+
+        return run
+
+    def candidates(shape: Mapping[str, int]) -> list[dict[str, Any]]:
+        common: dict[str, Any] = dict(BLOCK_K=(128,), STRIPE=(8,))
+        if shape["M"] <= 64:
+            width = (max(16, shape["M"]),)
+            return combinations(
+                TMA=(True, False), SWAP=(True,), BLOCK_P=(64, 128), BLOCK_Q=width, STAGES=(3, 4, 5, 6),
+                num_warps=(4, 8), **common,
+            )  # fmt: skip
+        plain = combinations(
+            TMA=(True, False), BLOCK_P=(64, 128), BLOCK_Q=(64, 128, 256), STAGES=(3, 4), num_warps=(4, 8), **common
+        )
+        persistent = combinations(
+            PERSISTENT=(True,), BLOCK_P=(128,), BLOCK_Q=(64, 128), num_stages=(3, 4, 5), num_warps=(4,), **common
+        )
+        return plain + persistent
+
+    return {"fp8_gemm": Tuning(bind(False), candidates), "fp8_gemm_wgrad": Tuning(bind(True), candidates)}
 
 
 def _forward(m: int, n: int, out_dtype: torch.dtype) -> None:

@@ -21,7 +21,7 @@ from minids_kernels import (
 )
 from torch import Tensor
 
-from benchmarks.protocol import OURS, Case, Contestant, Inputs, Run, Tuning, calls, compiled, normal
+from benchmarks.protocol import OURS, Case, Contestant, Inputs, Run, Tuning, calls, compiled, normal, sizes
 
 DTYPE = torch.bfloat16
 E4M3 = torch.float8_e4m3fn
@@ -29,7 +29,7 @@ E4M3 = torch.float8_e4m3fn
 # rows and columns: V3's hidden size and its experts' width, a long and a short batch, mini models; torchao wants 128s
 GPU_SHAPES = [(4096, 7168), (16_384, 7168), (128, 7168), (4096, 2048), (8192, 1024)]
 CPU_SHAPES = [(4096, 1024), (1024, 4096)]
-QUICK_GPU_SHAPES, QUICK_CPU_SHAPES = [(4096, 7168)], [(256, 512)]
+SMALL_SHAPE = (256, 512)
 TOLERANCE = 5e-3  # x / scale and x * (1 / scale) part at ties: a few codes in 1,000 are neighbours, 1/16 away
 
 
@@ -103,10 +103,7 @@ def _case(name: str, rows: int, columns: int, device: torch.device) -> Case:
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
-    if device.type == "cuda":
-        shapes = QUICK_GPU_SHAPES if quick else GPU_SHAPES
-    else:
-        shapes = QUICK_CPU_SHAPES if quick else CPU_SHAPES
+    shapes = sizes(device, quick, GPU_SHAPES, CPU_SHAPES, SMALL_SHAPE)
     names = ("tiles fwd", "blocks fwd", "transposed fwd", "both fwd")
     return [_case(name, rows, columns, device) for rows, columns in shapes for name in names]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,20 @@ import torch.nn.functional as F
 from minids_kernels import _launch, grouped_gemm, grouped_gemm_reference
 from torch import Tensor
 
-from benchmarks.protocol import OURS, Case, Contestant, Inputs, calls, exact, normal
+from benchmarks.protocol import (
+    OURS,
+    Case,
+    Contestant,
+    Inputs,
+    Run,
+    Tuning,
+    calls,
+    combinations,
+    exact,
+    normal,
+    precision,
+    sizes,
+)
 
 DTYPE = torch.bfloat16
 EXPERTS, WIDTH, INNER = 8, 7168, 2048  # DeepSeek-V3's, on one of 32 devices
@@ -21,7 +34,7 @@ GPU_SHAPES = [
     (8192, 4096, 7168, 8), (8192, 7168, 2048, 8), (8192, 4096, 7168, 32), (8192, 7168, 2048, 32), (256, 4096, 7168, 32),
 ]  # fmt: skip
 CPU_SHAPES = [(4096, 256, 256, 8), (4096, 256, 128, 8), (4096, 256, 256, 64)]
-QUICK_GPU_SHAPES, QUICK_CPU_SHAPES = [(8192, 4096, 7168, 8)], [(256, 64, 64, 8)]
+SMALL_SHAPE = (256, 64, 64, 8)
 
 
 def loop(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
@@ -61,11 +74,42 @@ def _case(rows: int, n: int, k: int, experts: int, dtype: torch.dtype, mode: str
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
-    if device.type == "cuda":
-        shapes, dtype = (QUICK_GPU_SHAPES if quick else GPU_SHAPES), torch.bfloat16
-    else:
-        shapes, dtype = (QUICK_CPU_SHAPES if quick else CPU_SHAPES), torch.float32
+    shapes, dtype = sizes(device, quick, GPU_SHAPES, CPU_SHAPES, SMALL_SHAPE), precision(device)
     return [_case(*shape, dtype, mode, device) for shape in shapes for mode in ("fwd", "fwd+bwd")]
+
+
+def tuning() -> dict[str, Tuning]:
+    """Of the tables for half precision: V3's gate_up product; the other tables are for what nobody should be using."""
+
+    def bind(mode: str) -> Callable[[Mapping[str, int]], Run]:
+        def run(shape: Mapping[str, int]) -> Run:
+            rows = EXPERTS * shape.get("rows", 1 if mode == "fwd" else 1024)
+            case = _case(rows, 2 * INNER, WIDTH, EXPERTS, DTYPE, mode, torch.device("cuda"))
+            inputs = case.make()
+            return calls(grouped_gemm, mode)(inputs)
+
+        return run
+
+    def many(shape: Mapping[str, int]) -> list[dict[str, Any]]:
+        heights = (64, 128) if shape["rows"] > 64 else (16, 32, 64)
+        return combinations(
+            BLOCK_M=heights, BLOCK_N=(128, 256), BLOCK_K=(64, 128), GROUP=(8,), num_warps=(4, 8), num_stages=(3, 4, 5)
+        )
+
+    def small(shape: Mapping[str, int]) -> list[dict[str, Any]]:
+        return combinations(BLOCK_N=(64, 128), BLOCK_K=(64, 128, 256), num_warps=(4, 8), num_stages=(3, 4, 5))
+
+    def outer(shape: Mapping[str, int]) -> list[dict[str, Any]]:
+        return combinations(
+            BLOCK_M=(64, 128), BLOCK_N=(128, 256), BLOCK_T=(32, 64, 128), GROUP=(8,), num_warps=(4, 8),
+            num_stages=(3, 4, 5),
+        )  # fmt: skip
+
+    return {
+        "many": Tuning(bind("fwd"), many),
+        "small": Tuning(bind("fwd"), small),
+        "outer": Tuning(bind("bwd"), outer),
+    }
 
 
 def launches(arch: str, every: bool) -> list[tuple[str, Callable[[], Any]]]:

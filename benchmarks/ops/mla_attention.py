@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,20 @@ import torch.nn.functional as F
 from minids_kernels import _launch, mla_attention, mla_attention_reference
 from torch import Tensor
 
-from benchmarks.protocol import OURS, Case, Contestant, Inputs, calls, exact, normal
+from benchmarks.protocol import (
+    OURS,
+    Case,
+    Contestant,
+    Inputs,
+    Run,
+    Tuning,
+    calls,
+    combinations,
+    exact,
+    normal,
+    precision,
+    sizes,
+)
 
 DTYPE = torch.bfloat16
 KERNELS = ("mla_attention_fwd", "mla_attention_dq", "mla_attention_dkdv")
@@ -19,7 +32,7 @@ KERNELS = ("mla_attention_fwd", "mla_attention_dq", "mla_attention_dkdv")
 # tokens, documents, heads, Dqk, Dv: V3's heads on one of 8 devices, mini models
 GPU_SHAPES = [(8192, 1, 16, 192, 128), (32_768, 1, 16, 192, 128), (8192, 16, 16, 192, 128), (8192, 4, 8, 48, 32)]
 CPU_SHAPES = [(2048, 8, 8, 48, 32), (2048, 16, 8, 48, 32), (2048, 1, 8, 48, 32)]
-QUICK_GPU_SHAPES, QUICK_CPU_SHAPES = [(8192, 1, 16, 192, 128)], [(128, 4, 2, 24, 16)]
+SMALL_SHAPE = (128, 4, 2, 24, 16)
 
 
 def _heads_first(x: Tensor) -> Tensor:
@@ -76,11 +89,27 @@ def _case(
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
-    if device.type == "cuda":
-        shapes, dtype = (QUICK_GPU_SHAPES if quick else GPU_SHAPES), torch.bfloat16
-    else:
-        shapes, dtype = (QUICK_CPU_SHAPES if quick else CPU_SHAPES), torch.float32
+    shapes, dtype = sizes(device, quick, GPU_SHAPES, CPU_SHAPES, SMALL_SHAPE), precision(device)
     return [_case(*shape, dtype, mode, device) for shape in shapes for mode in ("fwd", "fwd+bwd")]
+
+
+def tuning() -> dict[str, Tuning]:
+    """At Dqk : Dv = 3 : 2 as V3 and small models have it, on one document of 8,192 tokens (fp32: 2,048)."""
+
+    def bind(mode: str) -> Callable[[Mapping[str, int]], Run]:
+        def run(shape: Mapping[str, int]) -> Run:
+            half, width = shape["BITS"] == 16, shape["WIDTH"]
+            tokens, dtype = (8192, DTYPE) if half else (2048, torch.float32)
+            case = _case(tokens, 1, 16, 3 * width // 5, 2 * width // 5, dtype, "fwd+bwd", torch.device("cuda"))
+            return calls(mla_attention, mode)(case.make())
+
+        return run
+
+    def candidates(shape: Mapping[str, int]) -> list[dict[str, Any]]:
+        sides = (32, 64, 128) if shape["BITS"] == 16 else (16, 32, 64)
+        return combinations(BLOCK_M=sides, BLOCK_N=sides, num_warps=(4, 8), num_stages=(1, 2, 3))
+
+    return {kernel: Tuning(bind("fwd" if kernel == KERNELS[0] else "bwd"), candidates) for kernel in KERNELS}
 
 
 def launches(arch: str, every: bool) -> list[tuple[str, Callable[[], Any]]]:

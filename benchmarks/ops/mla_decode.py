@@ -1,14 +1,119 @@
-"""Absorbed decoding over a paged latent cache: what to compile ahead of time."""
+"""Absorbed decoding over a paged latent cache: what to time, what to tune and what to compile ahead of time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from minids_kernels import _launch, mla_decode
+from torch import Tensor
+
+from benchmarks.protocol import (
+    OURS,
+    Case,
+    Contestant,
+    Inputs,
+    Run,
+    Tuning,
+    calls,
+    combinations,
+    compiled,
+    normal,
+    precision,
+    sizes,
+)
 
 DTYPE = torch.bfloat16
+PAGE = 64
+
+# sequences, new tokens, heads, rows of each sequence, Dc, Dr: V3's heads on one of 8 devices and on one, one long
+# sequence, several new tokens; mini models
+GPU_SHAPES = [
+    (128, 1, 16, 4096, 512, 64), (128, 1, 128, 4096, 512, 64), (1, 1, 128, 32_768, 512, 64),
+    (128, 2, 16, 4096, 512, 64), (32, 4, 64, 8192, 512, 64),
+]  # fmt: skip
+CPU_SHAPES, SMALL_SHAPE = [(1, 1, 8, 2048, 64, 16), (8, 1, 8, 2048, 64, 16)], (2, 2, 4, 128, 32, 8)
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of the root mean square: roundings of the dtype
+
+
+def attend(q: Tensor, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, v_dim: int) -> Tensor:
+    """As model code writes it: pages gathered, every sequence as long as its table, masked."""
+    batch, new, _, width = q.shape
+    rows = kv_cache[block_table.long()].view(batch, -1, width)
+    scores = torch.einsum("bshd,btd->bsht", q, rows) * width**-0.5
+    last = seq_lens.unsqueeze(1) - new + torch.arange(new, device=q.device)
+    hidden = torch.arange(rows.shape[1], device=q.device) > last.unsqueeze(-1)
+    share = scores.float().masked_fill(hidden.unsqueeze(2), -torch.inf).softmax(-1).to(q.dtype)
+    return torch.einsum("bsht,btd->bshd", share, rows[..., :v_dim])
+
+
+def _case(
+    batch: int, new: int, heads: int, length: int, v_dim: int, rest: int, dtype: torch.dtype, device: torch.device
+) -> Case:
+    """Sequences of equal length whose pages lie scattered."""
+    width, pages = v_dim + rest, -(-length // PAGE)
+
+    def make() -> Inputs:
+        q = normal(batch, new, heads, width, device=device, dtype=dtype)
+        cache = normal(batch * pages, PAGE, width, device=device, dtype=dtype)
+        table = torch.randperm(batch * pages, device=device).view(batch, pages).int()
+        return Inputs((q, cache, table, torch.full((batch,), length, dtype=torch.int32, device=device)))
+
+    def ours(*args: Tensor) -> Tensor:
+        return mla_decode(*args, v_dim=v_dim, scale=width**-0.5)[0]
+
+    def eager(*args: Tensor) -> Tensor:
+        return attend(*args, v_dim=v_dim)
+
+    def reference(inputs: Inputs) -> Tensor:
+        q, cache, *rest = inputs.args
+        return torch.cat(
+            [attend(q[b : b + 1].float(), cache.float(), *(x[b : b + 1] for x in rest), v_dim) for b in range(batch)]
+        )
+
+    return Case(
+        name="fwd",
+        shape={"B": batch, "S": new, "H": heads, "T": length, "Dv": v_dim, "Dr": rest},
+        dtype=dtype,
+        make=make,
+        reference=reference,
+        contestants={
+            OURS: Contestant(calls(ours), package="minids"),
+            "eager": Contestant(calls(eager)),
+            "compile": Contestant(compiled(eager)),
+        },
+        tolerance=TOLERANCE[dtype],
+        bytes=batch * (length * width + new * heads * (width + v_dim)) * dtype.itemsize,
+        flops=2 * batch * new * heads * length * (width + v_dim),
+    )
+
+
+def cases(device: torch.device, quick: bool) -> list[Case]:
+    shapes, dtype = sizes(device, quick, GPU_SHAPES, CPU_SHAPES, SMALL_SHAPE), precision(device)
+    return [_case(*shape, dtype, device) for shape in shapes]
+
+
+def tuning() -> dict[str, Tuning]:
+    """On sequences of 4,096 rows; the table for fp32, which no product of V3's uses, stays as it is."""
+
+    def bind(batch: int, rows: int, v_dim: int) -> Run:
+        case = _case(batch, 1, rows, 4096, v_dim, 64 if v_dim > 128 else 16, DTYPE, torch.device("cuda"))
+        return case.contestants[OURS].bind(case.make())
+
+    def decode(shape: Mapping[str, int]) -> list[dict[str, Any]]:
+        return combinations(
+            BLOCK_M=(16, 64) if shape["rows"] >= 64 else (16,), BLOCK_N=(16, 32, 64, 128), LEAST=(4,),
+            PROGRAMS_PER_SM=(1, 2, 4), num_warps=(4, 8), num_stages=(1, 2, 3),
+        )  # fmt: skip
+
+    return {
+        "mla_decode": Tuning(lambda shape: bind(64, shape["rows"], shape["v_dim"]), decode),
+        "mla_decode_combine": Tuning(
+            lambda shape: bind(shape["batch"], 16, 512),
+            lambda shape: combinations(SLOTS=(2, 4, 8, 16), NUMBERS=(128, 512, 1024, 4096), num_warps=(4, 8)),
+        ),
+    }
 
 
 def launches(arch: str, every: bool) -> list[tuple[str, Callable[[], Any]]]:

@@ -1,15 +1,148 @@
-"""Mixture of experts: what to compile ahead of time."""
+"""Mixture of experts: what to time, what to tune, what to compile ahead of time, and a layer's price on the CPU.
+
+    python -m benchmarks.ops.moe [--rounds 31]
+
+times one MoE layer of the mini model, forward and backward in fp32 on the CPU, in turn with a dense SwiGLU of as many
+active FLOPs and with transformers' layer under each of its expert implementations, and prints one JSON object.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+import importlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from minids_kernels import _launch, moe_experts
+import torch.nn.functional as F
+import transformers
+from minids_kernels import _launch, moe_experts, moe_experts_reference
+from torch import Tensor, nn
+
+from benchmarks.cases import MINI
+from benchmarks.ops import grouped_gemm
+from benchmarks.peers import transformers_model
+from benchmarks.protocol import (
+    OURS,
+    Case,
+    Contestant,
+    Inputs,
+    Run,
+    Tuning,
+    calls,
+    combinations,
+    exact,
+    normal,
+    precision,
+    sizes,
+)
+from minids.model import DeepseekV3
+from minids.model.moe import MLP, MoE
 
 DTYPE = torch.bfloat16
 EXPERTS, TOP_K = 8, 2
+
+# tokens, width, inner width, experts, experts a token: V3's layer on one of 32 and one of 8 devices, mini models
+GPU_SHAPES = [(8192, 7168, 2048, 8, 2), (8192, 7168, 2048, 32, 8), (16, 7168, 2048, 32, 8), (16_384, 512, 256, 32, 4)]
+CPU_SHAPES, SMALL_SHAPE = [(2048, 256, 128, 8, 2)], (128, 64, 32, 4, 2)
+
+
+def eager(x: Tensor, topk_ids: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
+    """One expert after the other, as model code writes it; the host waits for each expert's tokens."""
+    out = torch.zeros_like(x)
+    for expert in range(w_gate_up.shape[0]):
+        token, slot = (topk_ids == expert).nonzero(as_tuple=True)
+        gate, up = (x[token] @ w_gate_up[expert].T).chunk(2, dim=-1)
+        y = (F.silu(gate) * up) @ w_down[expert].T
+        out = out.index_add(0, token, y * topk_weight[token, slot, None].to(y.dtype))
+    return out
+
+
+def grouped(x: Tensor, topk_ids: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
+    """Tokens sorted by expert, two F.grouped_mm."""
+    flat = topk_ids.flatten()
+    order = flat.argsort(stable=True)
+    token = order // topk_ids.shape[1]
+    offsets = F.pad(torch.bincount(flat, minlength=w_gate_up.shape[0]).cumsum(0), (1, 0)).int()
+    gate, up = grouped_gemm.functional(x[token], w_gate_up, offsets).chunk(2, dim=-1)
+    y = grouped_gemm.functional(F.silu(gate) * up, w_down, offsets)
+    return torch.zeros_like(x).index_add(0, token, y * topk_weight.flatten()[order, None].to(y.dtype))
+
+
+def _case(
+    tokens: int, width: int, inner: int, experts: int, top_k: int, dtype: torch.dtype, mode: str, device: torch.device
+) -> Case:
+    """Routed by independent draws."""
+
+    def make() -> Inputs:
+        x = normal(tokens, width, device=device, dtype=dtype)
+        w_gate_up, w_down = (
+            (torch.randn(experts, *size, device=device) / size[1] ** 0.5).to(dtype)
+            for size in ((2 * inner, width), (width, inner))
+        )
+        weight, ids = torch.rand(tokens, experts, device=device).topk(top_k)
+        return Inputs((x, ids, weight, w_gate_up, w_down), () if mode == "fwd" else (torch.randn_like(x),))
+
+    passes = 1 if mode == "fwd" else 3
+    return Case(
+        name=f"layer {mode}",
+        shape={"M": tokens, "N": width, "K": inner, "E": experts, "top_k": top_k},
+        dtype=dtype,
+        make=make,
+        reference=exact(moe_experts_reference, mode),
+        contestants={
+            OURS: Contestant(calls(moe_experts, mode), package="minids"),
+            "eager": Contestant(calls(eager, mode)),
+            "F.grouped_mm": Contestant(calls(grouped, mode)),
+        },
+        tolerance=2e-2 if dtype == torch.bfloat16 else 1e-5,  # of the root mean square: roundings in between
+        bytes=passes * (2 * tokens * width + 3 * experts * width * inner) * dtype.itemsize,
+        flops=passes * 2 * 3 * tokens * top_k * width * inner,
+    )
+
+
+def cases(device: torch.device, quick: bool) -> list[Case]:
+    shapes, dtype = sizes(device, quick, GPU_SHAPES, CPU_SHAPES, SMALL_SHAPE), precision(device)
+    return [_case(*shape, dtype, mode, device) for shape in shapes for mode in ("fwd", "fwd+bwd")]
+
+
+def tuning() -> dict[str, Tuning]:
+    """The kernels between the products alone."""
+    room = importlib.import_module("minids_kernels.moe")
+    device = torch.device("cuda")
+
+    def rows(width: int) -> int:
+        return max(256, 2**24 // width)  # more than any L2 holds together with the output
+
+    def activate(shape: Mapping[str, int]) -> Run:
+        width = shape["N"]
+        gate_up = normal(rows(width), 2 * width, device=device, dtype=DTYPE)
+        weight = normal(rows(width), 1, device=device, dtype=DTYPE)
+        return lambda: room._triton_activate(gate_up, weight)
+
+    def activate_backward(shape: Mapping[str, int]) -> Run:
+        width = shape["N"]
+        gate_up, dout = (normal(rows(width), n, device=device, dtype=DTYPE) for n in (2 * width, width))
+        weight = normal(rows(width), 1, device=device, dtype=DTYPE)
+        return lambda: room._triton_activate_backward(dout, gate_up, weight)
+
+    def combine(shape: Mapping[str, int]) -> Run:
+        y = normal(rows(shape["N"]) // TOP_K * TOP_K, shape["N"], device=device, dtype=DTYPE)
+        place = torch.randperm(y.shape[0], device=device)
+        return lambda: room._triton_combine(y, place, TOP_K, None)
+
+    def candidates(shape: Mapping[str, int]) -> list[dict[str, Any]]:
+        grid = combinations(ROWS=(1, 2, 4, 8, 16), BLOCK_N=(64, 128, 256, 512, 1024, 2048), num_warps=(2, 4, 8))
+        return [c for c in grid if c["BLOCK_N"] < 2 * shape["N"] and 512 <= c["ROWS"] * c["BLOCK_N"] <= 8192]
+
+    return {
+        "activate": Tuning(activate, candidates),
+        "activate_backward": Tuning(activate_backward, candidates),
+        "combine": Tuning(combine, candidates),
+    }
 
 
 def launches(arch: str, every: bool) -> list[tuple[str, Callable[[], Any]]]:
@@ -32,3 +165,49 @@ def launches(arch: str, every: bool) -> list[tuple[str, Callable[[], Any]]]:
         (f"D={width} F={inner}", lambda width=width, inner=inner: both(width, inner))  # type: ignore[misc]
         for width, inner in sorted(widths, reverse=True)
     ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=31)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    model = DeepseekV3(MINI)
+    ours = next(layer.mlp for layer in model.model.layers if isinstance(layer.mlp, MoE))
+    active = MINI.moe_intermediate_size * (MINI.num_experts_per_tok + MINI.n_shared_experts)
+    dense = MLP(MINI.hidden_size, active)
+    layers: dict[str, tuple[nn.Module, Callable[[Tensor], Tensor]]] = {
+        OURS: (ours, lambda x: ours(x.flatten(0, 1), x.shape[0])[0]),
+        "dense": (dense, lambda x: dense(x.flatten(0, 1))),
+    }
+    for experts in ("eager", "grouped_mm", "batched_mm"):
+        theirs = transformers_model(model, experts).model.layers[MINI.first_k_dense_replace].mlp
+        layers[f"transformers {experts}"] = (theirs, theirs)
+    x, dout = torch.randn(2, 8, 256, MINI.hidden_size)
+    want = layers[OURS][1](x).view_as(x)
+    seconds: dict[str, list[float]] = {name: [] for name in layers}
+    for round_ in range(3 + options.rounds):
+        for name, (layer, call) in layers.items():
+            given = x.clone().requires_grad_()
+            start = time.perf_counter()
+            out = call(given).view_as(x)
+            out.backward(dout)
+            if round_ >= 3:
+                seconds[name].append(time.perf_counter() - start)
+            elif name.startswith("transformers"):
+                torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-6)
+            layer.zero_grad()
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    best = min(value for name, value in median.items() if name.startswith("transformers"))
+    print(json.dumps({
+        "what": f"MoE layer forward and backward, {x.shape[0]} x {x.shape[1]} tokens, fp32",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "threads": torch.get_num_threads(),
+        "median_ms": {name: round(value * 1e3, 2) for name, value in median.items()},
+        "of_dense": round(median[OURS] / median["dense"], 3),
+        "times_as_fast_as_transformers": round(best / median[OURS], 3),
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

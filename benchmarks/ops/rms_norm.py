@@ -10,7 +10,20 @@ import torch.nn.functional as F
 from minids_kernels import _launch, rms_norm, rms_norm_reference
 from torch import Tensor
 
-from benchmarks.protocol import OURS, Case, Contestant, Inputs, Run, Tuning, calls, compiled, exact, normal
+from benchmarks.protocol import (
+    OURS,
+    Case,
+    Contestant,
+    Inputs,
+    Run,
+    Tuning,
+    calls,
+    compiled,
+    exact,
+    normal,
+    precision,
+    sizes,
+)
 
 DTYPE = torch.bfloat16
 EPS = 1e-6
@@ -20,7 +33,7 @@ GPU_SHAPES = [
     (4096, 7168), (16_384, 7168), (128, 7168), (4096, 1536), (4096, 512), (8192, 1024), (4096, 4096), (4099, 5003),
 ]  # fmt: skip
 CPU_SHAPES = [(4096, 1024), (2048, 256), (1023, 517)]
-QUICK_GPU_SHAPES, QUICK_CPU_SHAPES = [(4096, 7168)], [(256, 512)]
+SMALL_SHAPE = (256, 512)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # a few roundings of the dtype
 
 
@@ -107,10 +120,7 @@ def _case(rows: int, columns: int, dtype: torch.dtype, mode: str, residual: bool
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
-    if device.type == "cuda":
-        shapes, dtype = (QUICK_GPU_SHAPES if quick else GPU_SHAPES), torch.bfloat16
-    else:
-        shapes, dtype = (QUICK_CPU_SHAPES if quick else CPU_SHAPES), torch.float32
+    shapes, dtype = sizes(device, quick, GPU_SHAPES, CPU_SHAPES, SMALL_SHAPE), precision(device)
     return [
         _case(rows, columns, dtype, mode, residual, device)
         for rows, columns in shapes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,13 +10,27 @@ import torch.nn.functional as F
 from minids_kernels import _launch, swiglu, swiglu_reference
 from torch import Tensor
 
-from benchmarks.protocol import OURS, Case, Contestant, Inputs, calls, compiled, exact, normal
+from benchmarks.protocol import (
+    OURS,
+    Case,
+    Contestant,
+    Inputs,
+    Run,
+    Tuning,
+    calls,
+    combinations,
+    compiled,
+    exact,
+    normal,
+    precision,
+    sizes,
+)
 
 DTYPE = torch.bfloat16
 
 # tokens and inner width: V3's experts and dense layers, mini models
 GPU_SHAPES, CPU_SHAPES = [(8192, 2048), (4096, 18_432), (128, 2048)], [(2048, 768), (4096, 128)]
-QUICK_GPU_SHAPES, QUICK_CPU_SHAPES = [(8192, 2048)], [(256, 128)]
+SMALL_SHAPE = (256, 128)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # a few roundings of the dtype
 
 
@@ -55,11 +69,25 @@ def _case(rows: int, width: int, dtype: torch.dtype, mode: str, device: torch.de
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
-    if device.type == "cuda":
-        shapes, dtype = (QUICK_GPU_SHAPES if quick else GPU_SHAPES), torch.bfloat16
-    else:
-        shapes, dtype = (QUICK_CPU_SHAPES if quick else CPU_SHAPES), torch.float32
+    shapes, dtype = sizes(device, quick, GPU_SHAPES, CPU_SHAPES, SMALL_SHAPE), precision(device)
     return [_case(*shape, dtype, mode, device) for shape in shapes for mode in ("fwd", "bwd", "fwd+bwd")]
+
+
+def tuning() -> dict[str, Tuning]:
+    def bind(mode: str) -> Callable[[Mapping[str, int]], Run]:
+        def run(shape: Mapping[str, int]) -> Run:
+            width = shape["N"]
+            rows = max(256, 2**24 // width)  # 64 MiB of gate_up, more than any L2 holds together with the output
+            gate_up, dy = (normal(rows, n, device=torch.device("cuda"), dtype=DTYPE) for n in (2 * width, width))
+            return calls(swiglu, mode)(Inputs((gate_up,), (dy,)))
+
+        return run
+
+    def candidates(shape: Mapping[str, int]) -> list[dict[str, Any]]:
+        grid = combinations(ROWS=(1, 2, 4, 8, 16), BLOCK_N=(64, 128, 256, 512, 1024, 2048, 4096), num_warps=(2, 4, 8))
+        return [c for c in grid if c["BLOCK_N"] < 2 * shape["N"] and 512 <= c["ROWS"] * c["BLOCK_N"] <= 8192]
+
+    return {"swiglu_fwd": Tuning(bind("fwd"), candidates), "swiglu_bwd": Tuning(bind("bwd"), candidates)}
 
 
 def launches(arch: str, every: bool) -> list[tuple[str, Callable[[], Any]]]:
