@@ -19,7 +19,8 @@ from .fp8_quant import (
 from .grouped_gemm import grouped_gemm, grouped_gemm_reference
 from .mla_attention import mla_attention, mla_attention_reference
 from .mla_decode import mla_decode, mla_decode_reference
-from .moe import MoePlan, moe_experts, moe_experts_reference, moe_gate, moe_permute, moe_unpermute
+from .moe import MoePlan, moe_experts, moe_experts_reference, moe_permute, moe_unpermute
+from .moe_gate import moe_gate, moe_gate_reference
 from .rms_norm import rms_norm, rms_norm_reference
 from .rms_norm_quant import rms_norm_quant, rms_norm_quant_reference
 from .rope import rope, rope_reference
@@ -53,6 +54,7 @@ __all__ = [
     "moe_experts",
     "moe_experts_reference",
     "moe_gate",
+    "moe_gate_reference",
     "moe_permute",
     "moe_unpermute",
     "quantize_blocks",

@@ -1,12 +1,11 @@
-"""Mixture of experts: DeepSeek-V3's gate and the experts themselves (report, section 2.1.2).
+"""Mixture of experts, after the gate (DeepSeek-V3 report, section 2.1.2).
 
-Gate: scores = sigmoid(logits); selection by scores + bias, first the best `topk_group` of `n_group` groups (a group
-counts the sum of its two best), then the best `top_k` experts in them; weights are the chosen scores (without bias),
-normalised to one if asked, times `scale`.
-Experts: y[t] = sum_j topk_weight[t, j] * down_e(swiglu(gate_up_e(x[t]))) with e = topk_ids[t, j]. Tokens are sorted by
-expert, so that each expert is one matrix product; the weight is applied before `down` (which is linear), so the
-products' outputs need not be kept. The backward keeps x, the gate_up products and the permutation, and computes
-everything else again. On a GPU nothing waits for a count: segments lie end to end, grids depend on shapes alone.
+    y[t] = sum_j topk_weight[t, j] * down_e(swiglu(gate_up_e(x[t]))) with e = topk_ids[t, j]
+
+Tokens are sorted by expert, so that each expert is one matrix product; the weight is applied before `down` (which is
+linear), so the products' outputs need not be kept. The backward keeps x, the gate_up products and the permutation, and
+computes everything else again. On a GPU nothing waits for a count: segments lie end to end, grids depend on shapes
+alone.
 Test: tests/kernels/test_moe.py. Benchmark: benchmarks/ops/moe.py.
 """
 
@@ -25,48 +24,9 @@ from ._ops import add_op_namespace_prefix
 from .grouped_gemm import grouped_mm, grouped_outer
 from .swiglu import swiglu_backward, swiglu_gradients, swiglu_values
 
-__all__ = ["MoePlan", "moe_experts", "moe_experts_reference", "moe_gate", "moe_permute", "moe_unpermute"]
+__all__ = ["MoePlan", "moe_experts", "moe_experts_reference", "moe_permute", "moe_unpermute"]
 
 ALIGN, ALIGN_HALF = 8, 64  # rows an expert's segment is padded to on the PyTorch path, the latter for bf16 and fp16
-
-
-def moe_gate(
-    logits: Tensor,
-    bias: Tensor,
-    top_k: int,
-    n_group: int = 1,
-    topk_group: int = 1,
-    norm_topk_prob: bool = True,
-    scale: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """logits [T, E] fp32, bias [E] -> topk_ids [T, top_k] int64, topk_weight [T, top_k], scores [T, E].
-
-    The weights and scores are differentiable in logits; the bias only selects. Raises TypeError for a dtype that is no
-    float, ValueError when shapes disagree or a token cannot have `top_k` experts.
-    """
-    check_float("logits", logits)
-    check_shape("logits", logits, (None, None))
-    experts = logits.shape[1]
-    check_shape("bias", bias, (experts,))
-    if experts % n_group or (n_group > 1 and experts < 2 * n_group):
-        raise ValueError(f"n_group: got {n_group}, allowed is a divisor of {experts} experts leaving 2 or more a group")
-    if not 1 <= topk_group <= n_group:
-        raise ValueError(f"topk_group: got {topk_group}, allowed is 1 to n_group = {n_group}")
-    if not 1 <= top_k <= experts // n_group * topk_group:
-        raise ValueError(f"top_k: got {top_k}, allowed is 1 to {experts // n_group * topk_group}")
-    scores = logits.sigmoid()
-    choice = scores.detach() + bias
-    if n_group > 1:
-        grouped = choice.unflatten(-1, (n_group, -1))
-        group_score = grouped.topk(2, dim=-1).values.sum(-1)
-        keep = torch.zeros_like(group_score, dtype=torch.bool)
-        keep.scatter_(-1, group_score.topk(topk_group, dim=-1).indices, True)
-        choice = grouped.masked_fill(~keep.unsqueeze(-1), -torch.inf).flatten(-2)
-    ids = choice.topk(top_k, dim=-1).indices
-    weight = scores.gather(-1, ids)
-    if norm_topk_prob:
-        weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)
-    return ids, weight * scale, scores
 
 
 def moe_experts_reference(

@@ -85,6 +85,7 @@ CASES: dict[str, tuple[Op, Inputs]] = {
         lambda logits: kernels.moe_gate(logits, BIAS, 2, n_group=3, topk_group=2, scale=2.5)[1],
         lambda: [torch.randn(TOKENS, 6)],
     ),
+    "gate's scores": (lambda logits: kernels.moe_gate(logits, BIAS, 2)[2], lambda: [torch.randn(TOKENS, 6)]),
 }
 
 
@@ -96,6 +97,8 @@ TRITON = {
     "cross-entropy",
     "smoothed cross-entropy",
     "experts",
+    "gate's scores",
+    "gate's weights",
     "grouped product",
     "permutation",
     "rms_norm",

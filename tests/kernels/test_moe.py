@@ -1,4 +1,4 @@
-"""The gate against a loop over tokens, experts against one token and slot after the other in fp64."""
+"""Experts against one token and slot after the other in fp64."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from minids_kernels import (
     grouped_gemm,
     moe_experts,
     moe_experts_reference,
-    moe_gate,
     moe_permute,
     moe_unpermute,
 )
@@ -243,89 +242,3 @@ def test_bad_input_to_experts(change: dict[str, Tensor], error: type[Exception],
     )  # fmt: skip
     with pytest.raises(error, match=message):
         moe_experts(**{**good, **change})
-
-
-def gate_by_hand(
-    logits: list[float], bias: list[float], top_k: int, groups: int, topk_group: int, norm: bool, scale: float
-) -> dict[int, float]:
-    """Expert -> weight of one token: the report's section 2.1.2 with plain lists."""
-    scores = [1 / (1 + math.exp(-value)) for value in logits]
-    choice = [s + b for s, b in zip(scores, bias, strict=True)]
-    size = len(choice) // groups
-    members = [list(range(g * size, (g + 1) * size)) for g in range(groups)]
-    best = sorted(range(groups), key=lambda g: -sum(sorted((choice[e] for e in members[g]), reverse=True)[:2]))
-    allowed = [e for g in best[:topk_group] for e in members[g]] if groups > 1 else members[0]
-    chosen = sorted(allowed, key=lambda e: -choice[e])[:top_k]
-    total = sum(scores[e] for e in chosen) if norm else 1.0
-    return {e: scores[e] / total * scale for e in chosen}
-
-
-@settings(max_examples=80, deadline=None)
-@given(
-    tokens=st.integers(0, 6), groups=st.integers(1, 4), size=st.integers(2, 5), topk_group=st.integers(1, 4),
-    top_k=st.integers(1, 6), norm=st.booleans(), scale=st.sampled_from([1.0, 2.5]),
-    bias_size=st.sampled_from([0, 1, 9]), seed=st.integers(0, 2**16),
-)  # fmt: skip
-def test_gate_agrees_with_a_loop(
-    tokens: int, groups: int, size: int, topk_group: int, top_k: int, norm: bool, scale: float, bias_size: int,
-    seed: int,
-) -> None:  # fmt: skip
-    """A large bias chooses against the scores (it may make choices negative); weights are of the scores alone."""
-    torch.manual_seed(seed)
-    topk_group = min(topk_group, groups)
-    top_k = min(top_k, size * topk_group)
-    logits = torch.randn(tokens, groups * size, dtype=torch.float64)
-    bias = bias_size * torch.randn(groups * size, dtype=torch.float64)
-    ids, weight, scores = moe_gate(logits, bias, top_k, groups, topk_group, norm, scale)
-    assert ids.dtype == torch.int64 and ids.shape == weight.shape == (tokens, top_k)
-    torch.testing.assert_close(scores, logits.sigmoid())
-    for token in range(tokens):
-        want = gate_by_hand(logits[token].tolist(), bias.tolist(), top_k, groups, topk_group, norm, scale)
-        got = dict(zip(ids[token].tolist(), weight[token].tolist(), strict=True))
-        assert got == pytest.approx(want, rel=1e-12)
-
-
-def test_ties_fall_the_same_way_every_time() -> None:
-    """Equal scores (a model at its start, or padding): k different experts, the same for equal rows and every run."""
-    logits, bias = torch.zeros(64, 32), torch.zeros(32)
-    first, weight, _ = moe_gate(logits, bias, 4, n_group=4, topk_group=2)
-    assert torch.equal(first, first[:1].expand_as(first))
-    assert first[0].unique().numel() == 4 and first[0].div(8, rounding_mode="floor").unique().numel() <= 2
-    assert torch.equal(weight, torch.full((64, 4), 0.25))
-    for _ in range(3):
-        assert torch.equal(moe_gate(logits, bias, 4, n_group=4, topk_group=2)[0], first)
-
-
-def test_bias_gets_no_gradient_and_moves_no_weight() -> None:
-    logits, bias = torch.randn(5, 4, requires_grad=True), torch.zeros(4, requires_grad=True)
-    _, weight, scores = moe_gate(logits, bias, 4)
-    _, shifted, _ = moe_gate(logits, bias + torch.tensor([5.0, 0, 0, 0]), 4)
-    torch.testing.assert_close(weight.sort().values, shifted.sort().values)
-    (weight.square().sum() + scores.sum()).backward()
-    assert bias.grad is None and logits.grad is not None and logits.grad.count_nonzero() == 20
-
-
-def test_gate_far_below_does_not_divide_by_zero() -> None:
-    """sigmoid(-200) is 0 in fp32: weights become 0, not NaN."""
-    _, weight, _ = moe_gate(torch.full((2, 4), -200.0), torch.zeros(4), 2)
-    assert weight.isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"logits": torch.zeros(3, 8).int()}, TypeError, "logits: got torch.int32"),
-        ({"logits": torch.zeros(8)}, ValueError, r"logits: got shape \(8,\), allowed is \(any, any\)"),
-        ({"bias": torch.zeros(7)}, ValueError, r"bias: got shape \(7,\), allowed is \(8\)"),
-        ({"n_group": 3}, ValueError, "n_group: got 3, allowed is a divisor of 8 experts leaving 2 or more"),
-        ({"n_group": 8}, ValueError, "n_group: got 8"),
-        ({"topk_group": 3}, ValueError, "topk_group: got 3, allowed is 1 to n_group = 2"),
-        ({"topk_group": 0}, ValueError, "topk_group: got 0"),
-        ({"top_k": 5}, ValueError, "top_k: got 5, allowed is 1 to 4"),
-        ({"top_k": 0}, ValueError, "top_k: got 0"),
-    ],
-)
-def test_bad_input_to_the_gate(change: dict[str, object], error: type[Exception], message: str) -> None:
-    good = dict(logits=torch.zeros(3, 8), bias=torch.zeros(8), top_k=2, n_group=2, topk_group=1)
-    with pytest.raises(error, match=message):
-        moe_gate(**{**good, **change})  # type: ignore[arg-type]
