@@ -42,12 +42,12 @@ E4M3 = torch.float8_e4m3fn
 
 # rows of each expert, rows of no expert, N, K; at most 32 rows take the kernel for decoding
 SIZES = [
-    ([5, 0, 17, 1], 0, 24, 40), ([0, 0, 19, 0], 5, 133, 130), ([3, 4], 0, 1, 1), ([0, 0], 0, 8, 8), ([0, 0], 3, 8, 8),
-    ([40, 0, 0, 31, 0, 65], 0, 33, 160), ([0, 33], 70, 16, 64), ([130, 128, 0, 1], 9, 144, 80),
+    ([5, 0, 17, 1], 0, 24, 40), ([0, 19, 0], 5, 133, 130), ([3, 4], 0, 1, 1), ([0, 0], 0, 8, 8), ([0, 0], 3, 8, 8),
+    ([40, 0, 65], 0, 33, 130), ([0, 33], 70, 16, 64), ([130, 128, 0, 1], 9, 12, 20),
 ]  # fmt: skip
 
 # the tiles of chips without e4m3 and of one with, small for the interpreter
-TILE = dict(BLOCK_P=64, BLOCK_Q=32, num_warps=4, STAGES=2)
+TILE = dict(BLOCK_P=64, BLOCK_Q=64, num_warps=4, STAGES=2)
 WAYS = {
     "widened": ("sm_80", dict(TILE, BLOCK_K=64)),
     "e4m3": ("sm_89", dict(TILE, BLOCK_K=128)),
@@ -159,7 +159,7 @@ def test_weight_gradient(size: tuple[list[int], int, int, int], way: str, device
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("counts", [[5, 0, 130, 128, 1], [0, 0], [300]], ids=str)
-def test_quantisation_of_segments(counts: list[int], dtype: torch.dtype, backend: str, device: torch.device) -> None:
+def test_quantisation_of_segments(counts: list[int], dtype: torch.dtype, way: str, device: torch.device) -> None:
     """Bit for bit each segment's own 128x1 tiles, zeros and ones where no tile is."""
     x = (torch.randn(sum(counts) + 3, 70) * torch.randn(70).mul(8).exp2()).to(device, dtype)
     offsets = offsets_of(counts, device)
@@ -188,8 +188,8 @@ def test_references() -> None:
 
 
 @pytest.mark.parametrize("size", [SIZES[0], SIZES[7]], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_linear(dtype: torch.dtype, size: tuple[list[int], int, int, int], backend: str, device: torch.device) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear(dtype: torch.dtype, size: tuple[list[int], int, int, int], way: str, device: torch.device) -> None:
     """Against fp64 products of what its operands dequantise to: output, both gradients, dtypes, all memory written."""
     counts, spare, width, depth = size
     offsets = offsets_of(counts, device)
@@ -210,9 +210,9 @@ def test_linear(dtype: torch.dtype, size: tuple[list[int], int, int, int], backe
         assert_near(dw[expert].cpu(), left @ right.T, near, f"dw {expert}")
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
-    counts=st.lists(st.one_of(st.just(0), st.integers(0, 150)), min_size=1, max_size=5), spare=st.sampled_from([0, 9]),
+    counts=st.lists(st.one_of(st.just(0), st.integers(0, 150)), min_size=1, max_size=3), spare=st.sampled_from([0, 9]),
     width=st.integers(1, 40), depth=st.integers(1, 140), triton=st.booleans(), seed=st.integers(0, 2**16),
 )  # fmt: skip
 def test_any_counts(counts: list[int], spare: int, width: int, depth: int, triton: bool, seed: int) -> None:
@@ -234,7 +234,7 @@ def test_any_counts(counts: list[int], spare: int, width: int, depth: int, trito
 
 
 @pytest.mark.parametrize("counts", [[3, 9, 2], [20, 145, 6]], ids=["few rows", "many rows"])
-def test_segments_do_not_meet(counts: list[int], backend: str, device: torch.device) -> None:
+def test_segments_do_not_meet(counts: list[int], way: str, device: torch.device) -> None:
     """What one expert is fed, however large, reaches no other's rows or weights' gradient."""
     x, w = torch.randn(sum(counts) + 4, 40, device=device), torch.randn(3, 24, 40, device=device)
     offsets = offsets_of(counts, device)
@@ -299,7 +299,7 @@ def test_no_count_leaves_the_device(tokens: int) -> None:
     assert names == ["_quantize_segments_kernel", product, "_grouped_fp8_gemm_wgrad_kernel"]
 
 
-def test_registration(backend: str, device: torch.device) -> None:
+def test_registration(way: str, device: torch.device) -> None:
     """All of opcheck but the schema's test, which multiplies the inputs: torch cannot multiply fp8."""
     tests = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     tensors = [t.to(device) for t in operands([5, 0, 40], 2, 20, 40)]
@@ -315,7 +315,7 @@ def test_registration(backend: str, device: torch.device) -> None:
         opcheck(ops.grouped_fp8_linear.default, (*arguments, torch.float32, for_x, for_w))
 
 
-def test_one_graph_under_compile(backend: str, device: torch.device) -> None:
+def test_one_graph_under_compile(way: str, device: torch.device) -> None:
     compiled = torch.compile(grouped_fp8_linear, fullgraph=True, backend="aot_eager", dynamic=True)
     for counts in ([5, 0, 40], [130, 2, 3]):
         offsets = offsets_of(counts, device)
@@ -328,7 +328,7 @@ def test_one_graph_under_compile(backend: str, device: torch.device) -> None:
         assert all(torch.equal(a, b) for a, b in zip((y, *grads), (want, *wanted), strict=True))
 
 
-def test_each_gradient_alone_and_autocast(backend: str, device: torch.device) -> None:
+def test_each_gradient_alone_and_autocast(way: str, device: torch.device) -> None:
     offsets = offsets_of([6, 0, 30], device)
     tensors = [torch.randn(40, 20, device=device), torch.randn(3, 12, 20, device=device)]
     _, grads = run(lambda x, w: grouped_fp8_linear(x, w, offsets), tensors)
