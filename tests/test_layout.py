@@ -40,8 +40,9 @@ ALLOWED = {
 }
 TOP = {"cli", "quickstart", "doctor", "plan", "__main__", "__init__"}  # may import anything of minids
 # fp8_quant: what fp8 rooms quantise with; swiglu: the activation inside moe, whose derivative must not exist twice;
-# grouped_gemm: the products inside moe; rms_norm: what rms_norm_quant computes before it quantises;
-# fp8_gemm: the three products of fp8_linear
+# grouped_gemm: the products inside moe, and how grouped_fp8_gemm numbers tiles; rms_norm: what rms_norm_quant computes
+# before it quantises;
+# fp8_gemm: the three products of fp8_linear, one expert's in grouped_fp8_gemm
 ROOM_MAY_IMPORT = {"_ops", "_checks", "_launch", "fp8_gemm", "fp8_quant", "swiglu", "grouped_gemm", "rms_norm"}
 NOT_ROOMS = {"__init__", "layers", "compat"}
 

@@ -16,6 +16,16 @@ from .fp8_quant import (
     quantize_tiles_transposed,
     quantize_tiles_transposed_reference,
 )
+from .grouped_fp8_gemm import (
+    grouped_fp8_gemm,
+    grouped_fp8_gemm_reference,
+    grouped_fp8_gemm_wgrad,
+    grouped_fp8_gemm_wgrad_reference,
+    grouped_fp8_linear,
+    grouped_fp8_linear_reference,
+    quantize_segments_transposed,
+    quantize_segments_transposed_reference,
+)
 from .grouped_gemm import grouped_gemm, grouped_gemm_reference
 from .mla_attention import mla_attention, mla_attention_reference
 from .mla_decode import mla_decode, mla_decode_reference
@@ -42,6 +52,12 @@ __all__ = [
     "fp8_gemm_wgrad_reference",
     "fp8_linear",
     "fp8_linear_reference",
+    "grouped_fp8_gemm",
+    "grouped_fp8_gemm_reference",
+    "grouped_fp8_gemm_wgrad",
+    "grouped_fp8_gemm_wgrad_reference",
+    "grouped_fp8_linear",
+    "grouped_fp8_linear_reference",
     "grouped_gemm",
     "grouped_gemm_reference",
     "layers",
@@ -59,6 +75,8 @@ __all__ = [
     "moe_unpermute",
     "quantize_blocks",
     "quantize_blocks_reference",
+    "quantize_segments_transposed",
+    "quantize_segments_transposed_reference",
     "quantize_tiles",
     "quantize_tiles_both",
     "quantize_tiles_both_reference",

@@ -57,6 +57,28 @@ def _tile(program, down, across, GROUP: tl.constexpr):
 
 
 @triton.jit
+def segment_of(tile, offsets_ptr, E, T, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
+    """Of the tile of BLOCK rows with number `tile`: its expert (E: no one's), its first row, and where its segment
+    ends; the tile is empty unless the row lies before that. EXPERTS: a power of two above E."""
+    experts = tl.arange(0, EXPERTS)
+    first = tl.load(offsets_ptr + experts, mask=experts <= E, other=0) // BLOCK + experts
+    expert = tl.sum(((first <= tile) & (experts <= E)).to(tl.int32), axis=0) - 1
+    start = tl.load(offsets_ptr + expert)
+    end = tl.load(offsets_ptr + expert + 1, mask=expert < E, other=T)
+    return expert, start + (tile - start // BLOCK - expert) * BLOCK, end
+
+
+@triton.jit
+def segment_at(row, offsets_ptr, E, T, EXPERTS: tl.constexpr):
+    """Of the segment that begins at `row`: its expert (E: no one's) and its end; `row` itself where none begins."""
+    experts = tl.arange(0, EXPERTS)
+    before = tl.load(offsets_ptr + 1 + experts, mask=experts < E, other=T) <= row
+    expert = tl.sum((before & (experts < E)).to(tl.int32), axis=0)
+    end = tl.load(offsets_ptr + expert + 1, mask=expert < E, other=T)
+    return expert, tl.where(row == tl.load(offsets_ptr + expert), end, row)
+
+
+@triton.jit
 def _grouped_gemm_kernel(
     x_ptr, w_ptr, offsets_ptr, y_ptr, T, E, N, K, x_row, x_col, w_expert, w_row, w_col,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EXPERTS: tl.constexpr,
@@ -64,12 +86,7 @@ def _grouped_gemm_kernel(
 ):  # fmt: skip
     """One tile of y [T, N] contiguous a program; EXPERTS: a power of two above E; E itself stands for "no expert"."""
     tile, column = _tile(tl.program_id(0), T // BLOCK_M + E + 1, tl.cdiv(N, BLOCK_N), GROUP)
-    experts = tl.arange(0, EXPERTS)
-    first = tl.load(offsets_ptr + experts, mask=experts <= E, other=0) // BLOCK_M + experts
-    expert = tl.sum(((first <= tile) & (experts <= E)).to(tl.int32), axis=0) - 1
-    start = tl.load(offsets_ptr + expert)
-    end = tl.load(offsets_ptr + expert + 1, mask=expert < E, other=T)
-    row = start + (tile - start // BLOCK_M - expert) * BLOCK_M
+    expert, row, end = segment_of(tile, offsets_ptr, E, T, BLOCK_M, EXPERTS)
     if row < end:
         rows = (row + tl.arange(0, BLOCK_M))[:, None]
         cols = (column * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
@@ -99,11 +116,8 @@ def _grouped_gemm_small_kernel(
 ):  # fmt: skip
     """T <= BLOCK_M: the whole segment that begins at row program_id(1), BLOCK_N columns of it, as its transpose."""
     start = tl.program_id(1)
-    experts = tl.arange(0, EXPERTS)
-    before = tl.load(offsets_ptr + 1 + experts, mask=experts < E, other=T) <= start
-    expert = tl.sum((before & (experts < E)).to(tl.int32), axis=0)
-    if start == tl.load(offsets_ptr + expert):
-        end = tl.load(offsets_ptr + expert + 1, mask=expert < E, other=T)
+    expert, end = segment_at(start, offsets_ptr, E, T, EXPERTS)
+    if start < end:
         rows = (start + tl.arange(0, BLOCK_M))[None, :]
         cols = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
         depth = tl.arange(0, BLOCK_K)

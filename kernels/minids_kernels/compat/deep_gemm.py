@@ -1,0 +1,106 @@
+"""DeepGEMM's fp8 products (github.com/deepseek-ai/DeepGEMM, csrc/apis/gemm.hpp) on `fp8_gemm` and `grouped_fp8_gemm`.
+
+    from minids_kernels.compat.deep_gemm import fp8_gemm_nt, m_grouped_fp8_gemm_nt_contiguous
+
+An operand is a pair of e4m3 codes and fp32 scales, as DeepGEMM wants them on Hopper; scales may lie in memory as they
+will, with or without its alignment for tensor copies. Runs on every GPU that Triton serves, any sizes, without a
+compiler at run time. Nothing waits for the device. Recipes other than 1x128 by 128x128 (and 1x128 by 1x128 for
+`fp8_gemm_nt`), packed power-of-two scales and the layout of prefix sums are refused; `compiled_dims` is ignored.
+Test: tests/kernels/test_compat_deep_gemm.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._checks import check_shape
+from ..fp8_gemm import fp8_gemm, fp8_gemm_wgrad
+from ..grouped_fp8_gemm import grouped_fp8_gemm
+
+__all__ = [
+    "fp8_gemm_nt",
+    "get_m_alignment_for_contiguous_layout",
+    "get_mk_alignment_for_contiguous_layout",
+    "m_grouped_fp8_gemm_nt_contiguous",
+]
+
+Operand = tuple[Tensor, Tensor]
+Recipe = tuple[int, int, int]
+
+BLOCKS: Recipe = (1, 128, 128)  # rows of a, rows of b, columns that share a scale
+TILES: Recipe = (1, 1, 128)
+
+
+def get_mk_alignment_for_contiguous_layout() -> int:
+    """Rows that DeepGEMM's callers pad each group to: its own 128. The products here need no padding at all."""
+    return 128
+
+
+get_m_alignment_for_contiguous_layout = get_mk_alignment_for_contiguous_layout  # its name in older versions
+
+
+def _check_recipe(recipe: Recipe | None, *allowed: Recipe) -> Recipe:
+    if recipe is None:
+        return BLOCKS
+    if tuple(recipe) not in allowed:
+        raise ValueError(f"recipe: got {tuple(recipe)}, allowed are {', '.join(map(str, allowed))} and None")
+    return recipe
+
+
+def fp8_gemm_nt(
+    a: Operand,
+    b: Operand,
+    d: Tensor,
+    c: Tensor | None = None,
+    recipe: Recipe | None = None,
+    compiled_dims: str = "nk",
+    disable_ue8m0_cast: bool = False,
+) -> None:
+    """Writes a @ b.T, plus c if given, into d [M, N] (bf16, fp16 or fp32). a: codes [M, K], scales [M, ceil(K / 128)];
+    b: codes [N, K], scales [ceil(N / 128), ceil(K / 128)], with the recipe (1, 1, 128) [N, ceil(K / 128)]. c has d's
+    shape and dtype and may be d itself.
+
+    Raises ValueError for another recipe and shapes that do not fit, TypeError for other dtypes.
+    """
+    check_shape("d", d, (a[0].shape[0], b[0].shape[0]))
+    if c is not None:
+        check_shape("c", c, tuple(d.shape))
+        if c.dtype != d.dtype:
+            raise TypeError(f"c: got {c.dtype}, allowed is d's {d.dtype}")
+    if tuple(_check_recipe(recipe, BLOCKS, TILES)) == TILES:
+        product = fp8_gemm_wgrad(*a, *b)
+    else:
+        product = fp8_gemm(*a, *b, d.dtype if c is None else torch.float32)
+    d.copy_(product if c is None else product + c)
+
+
+def m_grouped_fp8_gemm_nt_contiguous(
+    a: Operand,
+    b: Operand,
+    d: Tensor,
+    m_indices: Tensor,
+    recipe: Recipe | None = None,
+    compiled_dims: str = "nk",
+    disable_ue8m0_cast: bool = False,
+    use_psum_layout: bool = False,
+) -> None:
+    """Writes each row of a times its group's b, transposed, into d [M, N] (bf16, fp16 or fp32). a: codes [M, K], scales
+    [M, ceil(K / 128)]; b: codes [G, N, K], scales [G, ceil(N / 128), ceil(K / 128)]. m_indices int32 [M]: the group of
+    each row, groups in ascending order, -1 in the padding behind a group, whose rows of d are unspecified. Groups may
+    be empty and of any length.
+
+    Raises ValueError for another recipe, use_psum_layout and shapes that do not fit, TypeError for other dtypes.
+    """
+    _check_recipe(recipe, BLOCKS)
+    if use_psum_layout:
+        raise ValueError("use_psum_layout: got True, allowed is False")
+    check_shape("m_indices", m_indices, (a[0].shape[0],))
+    if m_indices.dtype != torch.int32:
+        raise TypeError(f"m_indices: got {m_indices.dtype}, allowed is torch.int32")
+    check_shape("b", b[0], (None, None, None))
+    groups, columns = b[0].shape[:2]
+    check_shape("d", d, (a[0].shape[0], columns))
+    rows = m_indices.clamp(min=0).cummax(0).values  # padding goes with the group before it
+    edges = torch.arange(groups + 1, dtype=torch.int32, device=rows.device)
+    d.copy_(grouped_fp8_gemm(*a, *b, torch.searchsorted(rows, edges, out_int32=True), d.dtype))
