@@ -243,9 +243,6 @@ def run_ops(options: argparse.Namespace, device: torch.device, command: Sequence
     }  # fmt: skip
     for op in options.op:
         module = importlib.import_module(f"benchmarks.ops.{op}")
-        if not hasattr(module, "cases"):
-            say(f"{op}: nothing to time")
-            continue
         for case in module.cases(device, options.quick):
             found = run_case(op, case, device, repeats, ceilings, options.peers)
             say(lines(found))

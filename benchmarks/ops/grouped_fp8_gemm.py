@@ -1,12 +1,13 @@
-"""Grouped products of fp8 codes: what to time and what to compile ahead of time."""
+"""Grouped products of fp8 codes: what to time, what to tune and what to compile ahead of time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from minids_kernels import (
     _launch,
     dequantize_blocks,
@@ -14,14 +15,27 @@ from minids_kernels import (
     grouped_fp8_gemm,
     grouped_fp8_gemm_reference,
     grouped_fp8_gemm_wgrad,
+    grouped_fp8_gemm_wgrad_reference,
     quantize_blocks,
     quantize_segments_transposed,
     quantize_tiles,
 )
 from torch import Tensor
 
-from benchmarks.ops.grouped_gemm import CPU_SHAPES, EXPERTS, GPU_SHAPES, INNER, WIDTH, functional
-from benchmarks.protocol import OURS, Case, Contestant, Inputs, Run, calls, exact, normal
+from benchmarks.ops.grouped_gemm import CPU_SHAPES, EXPERTS, GPU_SHAPES, INNER, SMALL_SHAPE, WIDTH, functional
+from benchmarks.protocol import (
+    OURS,
+    Case,
+    Contestant,
+    Inputs,
+    Run,
+    Tuning,
+    calls,
+    combinations,
+    exact,
+    normal,
+    sizes,
+)
 
 E4M3 = torch.float8_e4m3fn
 TOLERANCE = 1e-2  # of the root mean square: bf16 results, and promotions on Hopper's 14-bit partial sums
@@ -35,19 +49,50 @@ def _bind_bf16(inputs: Inputs) -> Run:
     return lambda: functional(x, w, offsets)
 
 
-def _case(rows: int, n: int, k: int, experts: int, device: torch.device) -> Case:
-    """Experts' loads as of routing by independent draws."""
+def _bind_deepgemm(inputs: Inputs) -> Run:
+    """Its rows of an expert begin at multiples of 128: where ours do not, filling rows in and taking them out again is
+    part of what is timed."""
+    import deep_gemm
 
+    a, a_scale, b, b_scale, offsets = inputs.args
+    counts = offsets.diff()
+    padded = (counts + 127) // 128 * 128
+    groups = torch.arange(len(counts), dtype=torch.int32, device=a.device).repeat_interleave(padded)
+    starts = padded.cumsum(0) - padded
+    place = torch.arange(len(a), device=a.device) + (starts - offsets[:-1]).repeat_interleave(counts)
+    aligned = len(groups) == len(a)
+    codes, scales = (x if aligned else x.new_zeros(len(groups), x.shape[1]) for x in (a.view(torch.uint8), a_scale))
+    turned = deep_gemm.get_mn_major_tma_aligned_tensor(scales)
+    out = torch.empty(len(groups), b.shape[1], dtype=torch.bfloat16, device=a.device)
+
+    def run() -> Tensor:
+        rows = turned
+        if not aligned:
+            codes.index_copy_(0, place, a.view(torch.uint8))
+            rows = deep_gemm.get_mn_major_tma_aligned_tensor(scales.index_copy_(0, place, a_scale))
+        deep_gemm.m_grouped_fp8_gemm_nt_contiguous((codes.view(E4M3), rows), (b, b_scale), out, groups)
+        return out if aligned else out.index_select(0, place)
+
+    return run
+
+
+def _offsets(rows: int, experts: int, ragged: bool, device: torch.device) -> Tensor:
+    """Equal loads, or those of routing by independent draws."""
+    if not ragged:
+        return torch.arange(0, rows + 1, rows // experts, dtype=torch.int32, device=device)
+    counts = torch.bincount(torch.randint(experts, (rows,), device=device), minlength=experts)
+    return F.pad(counts.cumsum(0), (1, 0)).int()
+
+
+def _forward_case(rows: int, n: int, k: int, experts: int, ragged: bool, device: torch.device) -> Case:
     def make() -> Inputs:
         a, a_scale = quantize_tiles(normal(rows, k, device=device, dtype=torch.bfloat16))
         w = [quantize_blocks(normal(n, k, device=device, dtype=torch.bfloat16)) for _ in range(experts)]
         b, b_scale = (torch.stack(parts) for parts in zip(*w, strict=True))
-        counts = torch.bincount(torch.randint(experts, (rows,), device=device), minlength=experts)
-        offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
-        return Inputs((a, a_scale, b, b_scale, offsets))
+        return Inputs((a, a_scale, b, b_scale, _offsets(rows, experts, ragged, device)))
 
     return Case(
-        name="fwd",
+        name="ragged fwd" if ragged else "fwd",
         shape={"M": rows, "N": n, "K": k, "E": experts},
         dtype=E4M3,
         make=make,
@@ -55,6 +100,7 @@ def _case(rows: int, n: int, k: int, experts: int, device: torch.device) -> Case
         contestants={
             OURS: Contestant(calls(grouped_fp8_gemm), package="minids"),
             "bf16": Contestant(_bind_bf16),
+            "deepgemm": Contestant(_bind_deepgemm, package="sgl-deep-gemm", on=("sm_90",)),
         },
         tolerance=TOLERANCE,
         bytes=rows * k + experts * n * k + rows * n * 2,
@@ -63,9 +109,67 @@ def _case(rows: int, n: int, k: int, experts: int, device: torch.device) -> Case
     )
 
 
+def _wgrad_case(rows: int, n: int, k: int, experts: int, device: torch.device) -> Case:
+    def make() -> Inputs:
+        offsets = _offsets(rows, experts, True, device)
+        dy, x = (normal(rows, width, device=device, dtype=torch.bfloat16) for width in (n, k))
+        return Inputs((*quantize_segments_transposed(dy, offsets), *quantize_segments_transposed(x, offsets), offsets))
+
+    return Case(
+        name="wgrad",
+        shape={"M": rows, "N": n, "K": k, "E": experts},
+        dtype=E4M3,
+        make=make,
+        reference=exact(grouped_fp8_gemm_wgrad_reference),
+        contestants={OURS: Contestant(calls(grouped_fp8_gemm_wgrad), package="minids")},
+        tolerance=TOLERANCE,
+        bytes=rows * (n + k) + experts * n * k * 4,
+        flops=2 * rows * n * k,
+        math="fp8",
+    )
+
+
 def cases(device: torch.device, quick: bool) -> list[Case]:
-    shapes = GPU_SHAPES if device.type == "cuda" else CPU_SHAPES
-    return [_case(*shape, device) for shape in (shapes[:1] if quick else shapes)]
+    shapes = sizes(device, quick, GPU_SHAPES, CPU_SHAPES, SMALL_SHAPE)
+    return [
+        *(_forward_case(*shape, ragged, device) for shape in shapes for ragged in (False, True)),
+        *(_wgrad_case(*shape, device) for shape in shapes),
+    ]
+
+
+def tuning() -> dict[str, Tuning]:
+    """At V3's gate_up product."""
+    device = torch.device("cuda")
+
+    def forward(shape: Mapping[str, int]) -> Run:
+        case = _forward_case(EXPERTS * shape.get("rows", 1), 2 * INNER, WIDTH, EXPERTS, True, device)
+        return case.contestants[OURS].bind(case.make())
+
+    def wgrad(shape: Mapping[str, int]) -> Run:
+        case = _wgrad_case(EXPERTS * 1024, 2 * INNER, WIDTH, EXPERTS, device)
+        return case.contestants[OURS].bind(case.make())
+
+    def quantise(shape: Mapping[str, int]) -> Run:
+        x = normal(EXPERTS * 1024, WIDTH, device=device, dtype=torch.bfloat16)
+        offsets = _offsets(len(x), EXPERTS, True, device)
+        return lambda: quantize_segments_transposed(x, offsets)
+
+    def tiles(shape: Mapping[str, int]) -> list[dict[str, Any]]:
+        return combinations(
+            BLOCK_P=(64, 128), BLOCK_Q=(64, 128, 256), BLOCK_K=(128,), STRIPE=(8,), STAGES=(3, 4), num_warps=(4, 8)
+        )
+
+    def small(shape: Mapping[str, int]) -> list[dict[str, Any]]:
+        return combinations(BLOCK_P=(64, 128), BLOCK_Q=(16,), BLOCK_K=(128,), STAGES=(3, 4, 5, 6), num_warps=(4, 8))
+
+    return {
+        "many": Tuning(forward, tiles),
+        "small": Tuning(forward, small),
+        "wgrad": Tuning(wgrad, tiles),
+        "quantize_segments_transposed": Tuning(
+            quantise, lambda shape: combinations(COLS=(16, 32, 64, 128), num_warps=(4, 8, 16))
+        ),
+    }
 
 
 def _operand(*shape: int, rows: int) -> tuple[Tensor, Tensor]:
