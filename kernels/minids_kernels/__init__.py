@@ -18,7 +18,7 @@ from .fp8_quant import (
 )
 from .grouped_gemm import grouped_gemm, grouped_gemm_reference
 from .mla_attention import mla_attention, mla_attention_reference
-from .mla_decode import mla_decode, mla_decode_reference
+from .mla_decode import mla_decode, mla_decode_reference, quantize_latent_cache
 from .moe import MoePlan, moe_experts, moe_experts_reference, moe_gate, moe_permute, moe_unpermute
 from .rms_norm import rms_norm, rms_norm_reference
 from .rms_norm_quant import rms_norm_quant, rms_norm_quant_reference
@@ -57,6 +57,7 @@ __all__ = [
     "moe_unpermute",
     "quantize_blocks",
     "quantize_blocks_reference",
+    "quantize_latent_cache",
     "quantize_tiles",
     "quantize_tiles_both",
     "quantize_tiles_both_reference",
