@@ -143,6 +143,29 @@ def test_padding_changes_no_logit_and_no_gradient(side: str, implementation: str
         assert_near(got, want.double(), error_bound(torch.float32, 20 * LAYERS, ids.numel() * 56))
 
 
+def test_masks_of_two_dimensions() -> None:
+    """As models on FlashAttention give them: what those of four say."""
+    keys = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    for queries in (1, 2, 4):
+        causal = torch.ones(queries, 4).tril(4 - queries).bool()
+        whole = (keys.bool()[:, None] & causal).unsqueeze(1)
+        for mask in (keys, whole, torch.where(whole, 0.0, torch.finfo().min)):
+            seen = compat._seen(mask, queries, 4)
+            assert seen is not None and torch.equal(seen, keys.bool())
+            assert compat._seen(mask[1:], queries, 4) is None
+    with pytest.raises(ValueError, match="attention_mask: got padding among the new tokens"):
+        compat._seen(keys.flip(1), 2, 4)
+
+
+def test_beams(ids: Tensor) -> None:
+    """The cache's rows change places."""
+    model = peer().eval()
+    settings = dict(num_beams=3, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    want = model.generate(ids, **settings)
+    apply_to_transformers(model)
+    assert torch.equal(model.generate(ids, **settings), want)
+
+
 def test_several_tokens_behind_a_past(ids: Tensor) -> None:
     """As in speculative decoding: a cache that transformers filled, several new tokens, some taken back."""
     model = peer().eval()
@@ -156,7 +179,7 @@ def test_several_tokens_behind_a_past(ids: Tensor) -> None:
     torch.testing.assert_close(torch.cat((first[:, :2], again), dim=1), want[:, 4:], atol=1e-4, rtol=1e-4)
 
 
-def test_masks_that_are_refused(ids: Tensor) -> None:
+def test_what_is_refused(ids: Tensor) -> None:
     model = peer(attention_dropout=0.1).eval()
     apply_to_transformers(model)
     with torch.no_grad():
@@ -169,6 +192,8 @@ def test_masks_that_are_refused(ids: Tensor) -> None:
             model(ids[:, 4:], attention_mask=mask, past_key_values=cache)
         with pytest.raises(ValueError, match="cu_seq_lens_q: got a tensor"):
             model(ids, cu_seq_lens_q=torch.tensor([0, 18]))
+    with pytest.raises(ValueError, match="past_key_values: got a StaticCache of fixed length"):
+        model.generate(ids, max_new_tokens=2, cache_implementation="static")
     with pytest.raises(ValueError, match=r"attention_dropout: got 0\.1 in training"):
         model.train()(ids)
 

@@ -50,17 +50,17 @@ def _seen(mask: Tensor | None, queries: int, keys: int) -> Tensor | None:
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         raise ValueError(f"attention_mask: got {type(mask).__name__}, allowed are tensors [B, K] and [B, 1, S, K]")
     allowed = mask if mask.dtype == torch.bool else mask != 0 if mask.dim() == 2 else mask == 0
-    if mask.dim() == 2:
-        seen = allowed[:, -keys:]
-        place = seen.cumsum(-1)[:, -queries:]
-        real = seen[:, -queries:]
+    seen = allowed[:, -keys:] if mask.dim() == 2 else allowed[:, 0, -1]
+    rank = seen.cumsum(-1)
+    if queries == keys:
+        real, place = seen, rank
     else:
-        seen = allowed[:, 0, -1]
-        real = seen if queries == keys else seen.new_ones(len(seen), queries)
-        place = (
-            seen.cumsum(-1) if queries == keys else seen.sum(-1, True) - torch.arange(queries).flip(0).to(seen.device)
-        )
-        expected = seen.unsqueeze(1) & (seen.cumsum(-1).unsqueeze(1) <= place.unsqueeze(-1))
+        place = rank[:, -1:] - torch.arange(queries - 1, -1, -1, device=rank.device)
+        real = place > 0
+        if mask.dim() == 2:
+            real = real & seen[:, -queries:]
+    if mask.dim() == 4:
+        expected = seen.unsqueeze(1) & (rank.unsqueeze(1) <= place.unsqueeze(2))
         if not torch.equal(allowed[:, 0][real], expected[real]):
             raise ValueError("attention_mask: got another mask, allowed is a causal one with padding before or behind")
     if queries < keys and not real.all():
@@ -117,6 +117,9 @@ def _attention(
         raise ValueError(f"attention_dropout: got {self.attention_dropout} in training, allowed is 0")
     if kwargs.get("cu_seq_lens_q") is not None:
         raise ValueError("cu_seq_lens_q: got a tensor, allowed is None (packed documents are not served)")
+    if getattr(past_key_values, "is_compileable", False):
+        kind = type(past_key_values).__name__
+        raise ValueError(f"past_key_values: got a {kind} of fixed length, allowed are caches that grow (DynamicCache)")
     if self.q_lora_rank is None:
         q = self.q_proj(hidden_states)
     else:
@@ -154,9 +157,9 @@ def apply_to_transformers(model: nn.Module) -> Callable[[], None]:
 
     Numbers differ by rounding: a norm rounds once, transformers' rounds before and after its weight. Under autocast a
     norm's output comes in autocast's dtype. Attention weights (output_attentions) are None. Padding may lie before or
-    behind a batch's prompts; other masks, padding among new tokens behind a past, packed documents and dropout of
-    attention raise ValueError when the model is called. Behind a past attention has no gradient. Put hooks that replace
-    forwards (accelerate, kernelize) on afterwards, and take them off before.
+    behind a batch's prompts; other masks, padding among new tokens behind a past, caches of fixed length, packed
+    documents and dropout of attention raise ValueError when the model is called. Behind a past attention has no
+    gradient. Put hooks that replace forwards (accelerate, kernelize) on afterwards, and take them off before.
 
     Raises TypeError for a model of another class, ValueError where a forward has been replaced already, by this
     function or another; the model is then as it was.
