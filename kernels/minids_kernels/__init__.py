@@ -28,7 +28,7 @@ from .grouped_fp8_gemm import (
 )
 from .grouped_gemm import grouped_gemm, grouped_gemm_reference
 from .mla_attention import mla_attention, mla_attention_reference
-from .mla_decode import mla_decode, mla_decode_reference
+from .mla_decode import mla_decode, mla_decode_reference, quantize_latent_cache
 from .moe import MoePlan, moe_experts, moe_experts_reference, moe_permute, moe_unpermute
 from .moe_gate import moe_gate, moe_gate_reference
 from .rms_norm import rms_norm, rms_norm_reference
@@ -75,6 +75,7 @@ __all__ = [
     "moe_unpermute",
     "quantize_blocks",
     "quantize_blocks_reference",
+    "quantize_latent_cache",
     "quantize_segments_transposed",
     "quantize_segments_transposed_reference",
     "quantize_tiles",

@@ -16,8 +16,13 @@ nothing waits for the host, and a CUDA graph stays right when lengths change. No
 Rows behind a sequence's length are never loaded. bf16 and fp16 with v_dim to 512, fp32 with v_dim to 128, Dr to 64;
 wider rows, and fp64, take the PyTorch path.
 
-The PyTorch path reads pages that follow each other in place, without a copy, and treats sequences of one length as one
-batch. Test: tests/kernels/test_mla_decode.py. Benchmark: benchmarks/ops/mla_decode.py.
+A cache of bytes holds FlashMLA's fp8 rows (flash_mla/flash_mla_interface.py there; 656 bytes in DeepSeek-V3), which
+`quantize_latent_cache` writes: Dc codes (e4m3), Dc / 128 fp32 scales, one for each 128 codes, and Dr rotated values in
+bf16. A block of rows is widened to q's dtype in registers, code * scale, and multiplied as any other. On the Triton
+path with q in bf16 or fp16 and v_dim = Dc = 128, 256 or 512; other rows take the PyTorch path.
+
+The PyTorch path reads pages that follow each other in place, without a copy (fp8 rows are widened to one), and treats
+sequences of one length as one batch. Test: tests/kernels/test_mla_decode.py. Benchmark: benchmarks/ops/mla_decode.py.
 """
 
 from __future__ import annotations
@@ -31,10 +36,12 @@ from . import _launch
 from ._checks import check_float, check_shape
 from ._launch import tl, triton
 from ._ops import add_op_namespace_prefix
+from .fp8_quant import E4M3, TILE, ScaleFormat, decode_e4m3, dequantize_tiles, native_e4m3, quantize_tiles
 
-__all__ = ["mla_decode", "mla_decode_reference"]
+__all__ = ["mla_decode", "mla_decode_reference", "quantize_latent_cache"]
 
 MAX_V_DIM, MAX_V_DIM_FP32, MAX_REST = 512, 128, 64  # what a kernel's tile holds of a row
+FP8_V_DIMS = (128, 256, 512)
 SEQUENCE_COST = 2  # blocks that beginning a sequence counts as (its query, its output) when work is shared out
 
 
@@ -44,6 +51,9 @@ def mla_decode_reference(
     """fp32, one sequence and one query token after the other; shapes as `mla_decode`."""
     batch, new, heads, _ = q.shape
     page = kv_cache.shape[1]
+    if kv_cache.dtype in (torch.uint8, E4M3):
+        codes, scales, rotary = _fields(kv_cache, v_dim)
+        kv_cache = torch.cat((codes.view(E4M3).float() * scales.repeat_interleave(TILE, -1), rotary.float()), -1)
     out = q.new_zeros(batch, new, heads, v_dim, dtype=torch.float32)
     lse = torch.full_like(out[..., 0], torch.inf)
     for b, length in enumerate(seq_lens.tolist()):
@@ -55,6 +65,13 @@ def mla_decode_reference(
                 lse[b, i] = scores.logsumexp(-1)
                 out[b, i] = scores.softmax(-1) @ rows[:, :v_dim]
     return out.to(q.dtype), lse
+
+
+def _fields(rows: Tensor, v_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """fp8 rows [..., bytes], each at a multiple of 4 bytes -> views: uint8 codes, fp32 scales, bf16 rotated values."""
+    rows = rows.view(torch.uint8)
+    end = v_dim + v_dim // TILE * 4
+    return rows[..., :v_dim], rows[..., v_dim:end].view(torch.float32), rows[..., end:].view(torch.bfloat16)
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
@@ -73,18 +90,35 @@ def _shares(
     return units, tl.maximum(tl.cdiv(tl.sum(units, axis=0), parts), LEAST)
 
 
+@triton.jit
+def _widened(
+    codes_ptr, scales_ptr, place, valid,
+    V_DIM: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """fp8 rows at bytes `place` [BLOCK_N] -> code * scale [BLOCK_N, V_DIM] fp32, zeros where not valid."""
+    tiles: tl.constexpr = V_DIM // TILE
+    scale_place = place[:, None] // 4 + tl.arange(0, tiles)[None, :]
+    scale = tl.load(scales_ptr + scale_place, mask=valid[:, None], other=0.0)
+    codes = tl.load(codes_ptr + place[:, None] + tl.arange(0, V_DIM)[None, :], mask=valid[:, None], other=0)
+    x = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32) if NATIVE else decode_e4m3(codes)
+    x = tl.reshape(x, (BLOCK_N, tiles, TILE)) * scale[:, :, None]
+    return tl.reshape(x, (BLOCK_N, V_DIM))
+
+
 @triton.jit(do_not_specialize=["batch"])
 def _mla_decode_kernel(
-    q_ptr, cache_ptr, table_ptr, seq_lens_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
+    q_ptr, cache_ptr, scales_ptr, rotary_ptr, table_ptr, seq_lens_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
     batch, rows, heads, new, room, page, page_stride, table_stride, score_scale,
-    CAUSAL: tl.constexpr, V_DIM: tl.constexpr, REST: tl.constexpr, ROW_STRIDE: tl.constexpr, SMALL_PAGE: tl.constexpr,
+    CAUSAL: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr, TILE: tl.constexpr,
+    V_DIM: tl.constexpr, REST: tl.constexpr, ROW_STRIDE: tl.constexpr, SMALL_PAGE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
     LEAST: tl.constexpr, SEQUENCE_COST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (m, p): query rows m * BLOCK_M.. of every sequence of which part p has blocks. q [batch, rows, V_DIM +
     REST] and out [batch, rows, V_DIM] contiguous, rows = new * heads; score_scale includes log2(e). A sequence that
     began in an earlier part leaves its partial result at [p], one that goes on in the next at [parts + p]; with
-    partial_lse in units of log2. SMALL_PAGE: the page's rows where a block crosses pages, else 0."""
+    partial_lse in units of log2. SMALL_PAGE: the page's rows where a block crosses pages, else 0.
+    FP8: cache, scales and rotary are the three fields of rows, strides are bytes, NATIVE: the chip converts e4m3."""
     part = tl.program_id(1)
     parts = tl.num_programs(1)
     units, share = _shares(seq_lens_ptr, batch, room, parts, BLOCK_B, BLOCK_N, LEAST, SEQUENCE_COST)
@@ -104,6 +138,7 @@ def _mla_decode_kernel(
     if BLOCK_C > V_DIM:
         is_latent = is_latent & (cols < V_DIM)[None, :]
     width: tl.constexpr = V_DIM + REST
+    base = 0 if FP8 else cache_ptr  # of places: bytes that three pointers share, or addresses
 
     # disable_licm: the query's addresses in shared memory must not be kept in registers, all of which acc needs
     for step in tl.range(last - first, disable_licm=True):
@@ -136,21 +171,28 @@ def _mla_decode_kernel(
             valid = token < length
             if SMALL_PAGE > 0:
                 number = tl.load(pages + token // SMALL_PAGE, mask=valid, other=0).to(tl.int64)
-                place = cache_ptr + number * page_stride + (token % SMALL_PAGE) * ROW_STRIDE
+                place = base + number * page_stride + (token % SMALL_PAGE) * ROW_STRIDE
             else:
                 number = tl.load(pages + block * BLOCK_N // page).to(tl.int64)
-                place = cache_ptr + number * page_stride + (block * BLOCK_N % page).to(tl.int64) * ROW_STRIDE
+                place = base + number * page_stride + (block * BLOCK_N % page).to(tl.int64) * ROW_STRIDE
                 place += in_block * ROW_STRIDE
-            kv_mask = valid[:, None]
-            if BLOCK_C > V_DIM:
-                kv_mask = kv_mask & (cols < V_DIM)[None, :]
-            kv = tl.load(place[:, None] + cols[None, :], mask=kv_mask, other=0.0)
+            if FP8:
+                kv = _widened(cache_ptr, scales_ptr, place, valid, V_DIM, TILE, BLOCK_N, NATIVE).to(q.dtype)
+            else:
+                kv_mask = valid[:, None]
+                if BLOCK_C > V_DIM:
+                    kv_mask = kv_mask & (cols < V_DIM)[None, :]
+                kv = tl.load(place[:, None] + cols[None, :], mask=kv_mask, other=0.0)
             # Two products that are not summed into one, and a mask behind a branch: otherwise Triton takes them for
             # links of a chain that ends in acc, and has both halves of the warps compute the same scores.
             scores = tl.dot(q, tl.trans(kv), input_precision=PRECISION) * score_scale
             if REST > 0:
                 rest_mask = valid[:, None] & (rest_cols < width)[None, :]
-                k_rest = tl.load(place[:, None] + rest_cols[None, :], mask=rest_mask, other=0.0)
+                if FP8:
+                    rest_place = place[:, None] // 2 + (rest_cols - V_DIM)[None, :]
+                    k_rest = tl.load(rotary_ptr + rest_place, mask=rest_mask, other=0.0).to(q.dtype)
+                else:
+                    k_rest = tl.load(place[:, None] + rest_cols[None, :], mask=rest_mask, other=0.0)
                 scores += tl.dot(q_rest, tl.trans(k_rest), input_precision=PRECISION) * score_scale
             if (block + 1) * BLOCK_N > all_seen:
                 scores = tl.where(token[None, :] < seen[:, None], scores, float("-inf"))
@@ -220,6 +262,13 @@ def _mla_decode_combine_kernel(
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 
+def _aligned(rows: Tensor) -> Tensor:
+    """fp8 rows, copied unless each is in one piece at a multiple of 4 bytes."""
+    if rows.stride(-1) == 1 and all(n % 4 == 0 for n in (*rows.stride()[:-1], rows.storage_offset())):
+        return rows
+    return rows.clone(memory_format=torch.contiguous_format)
+
+
 def _triton_decode(
     q: Tensor, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, v_dim: int, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
@@ -227,10 +276,12 @@ def _triton_decode(
     rows, page = new * heads, kv_cache.shape[1]
     q, seq_lens = q.contiguous(), seq_lens.contiguous()
     block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
-    kv_cache = kv_cache if kv_cache.stride(2) == 1 else kv_cache.contiguous()
+    fp8 = kv_cache.dtype == torch.uint8
+    kv_cache = _aligned(kv_cache) if fp8 else kv_cache if kv_cache.stride(2) == 1 else kv_cache.contiguous()
+    cache, scales, rotary = _fields(kv_cache, v_dim) if fp8 else (kv_cache,) * 3
     out = q.new_empty(batch, new, heads, v_dim)
     lse = q.new_empty(batch, new, heads, dtype=torch.float32)
-    kernel = "mla_decode_fp32" if q.dtype == torch.float32 else "mla_decode"
+    kernel = "mla_decode_fp8" if fp8 else "mla_decode_fp32" if q.dtype == torch.float32 else "mla_decode"
     arch = _launch.arch(q)
     config = dict(_launch.config("mla_decode", kernel, arch, rows=rows, v_dim=v_dim))
     block_n, least = config["BLOCK_N"], config["LEAST"]
@@ -244,10 +295,11 @@ def _triton_decode(
     shares = dict(V_DIM=v_dim, BLOCK_B=max(128, triton.next_power_of_2(batch)), SEQUENCE_COST=SEQUENCE_COST)
     _launch.launch(
         _mla_decode_kernel, (tiles, parts if batch else 0),
-        q, kv_cache, block_table, seq_lens, out, lse, partial, partial_lse,
+        q, cache, scales, rotary, block_table, seq_lens, out, lse, partial, partial_lse,
         batch, rows, heads, new, room, page, kv_cache.stride(0), block_table.stride(0),
         scale * math.log2(math.e),
-        CAUSAL=causal, REST=width - v_dim, ROW_STRIDE=kv_cache.stride(1), SMALL_PAGE=page if page % block_n else 0,
+        CAUSAL=causal, FP8=fp8, NATIVE=fp8 and native_e4m3(q), TILE=TILE, REST=width - v_dim,
+        ROW_STRIDE=kv_cache.stride(1), SMALL_PAGE=page if page % block_n else 0,
         BLOCK_C=max(16, triton.next_power_of_2(v_dim)), BLOCK_R=max(16, triton.next_power_of_2(width - v_dim)),
         PRECISION="ieee" if torch.version.hip else "tf32x3", **shares, **config,
     )  # fmt: skip
@@ -277,6 +329,16 @@ def _rows(kv_cache: Tensor, block_table: Tensor, length: int) -> Tensor:
     return rows.reshape(table.shape[0], -1, kv_cache.shape[2])[:, :length]
 
 
+def _wide_rows(q: Tensor, kv_cache: Tensor, block_table: Tensor, length: int, v_dim: int) -> Tensor:
+    """`_rows`, widened to q's dtype where they are fp8."""
+    rows = _rows(kv_cache, block_table, length)
+    if rows.dtype != torch.uint8:
+        return rows
+    codes, scales, rotary = _fields(_aligned(rows), v_dim)
+    dtype = torch.float32 if q.dtype == torch.float64 else q.dtype
+    return torch.cat((dequantize_tiles(codes.view(E4M3), scales, dtype), rotary.to(dtype)), dim=-1).to(q.dtype)
+
+
 def _attend(q: Tensor, rows: Tensor, v_dim: int, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     """q [B, S, H, W] over rows [B, L, W] -> out [B, S, H, v_dim], lse [B, S, H] fp32 (fp64 for fp64)."""
     batch, new, heads, width = q.shape
@@ -301,9 +363,9 @@ def _torch_decode(
     if any(not 0 <= length <= room for length in lengths):
         raise ValueError(f"seq_lens: got {lengths[:8]}, allowed is 0 to {room} (rows of the pages)")
     if len(set(lengths)) < 2:
-        return _attend(q, _rows(kv_cache, block_table, max(lengths, default=0)), v_dim, scale, causal)
+        return _attend(q, _wide_rows(q, kv_cache, block_table, max(lengths, default=0), v_dim), v_dim, scale, causal)
     parts = [
-        _attend(q[b : b + 1], _rows(kv_cache, block_table[b : b + 1], length), v_dim, scale, causal)
+        _attend(q[b : b + 1], _wide_rows(q, kv_cache, block_table[b : b + 1], length, v_dim), v_dim, scale, causal)
         for b, length in enumerate(lengths)
     ]
     return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
@@ -318,6 +380,8 @@ def _mla_decode(
 ) -> tuple[Tensor, Tensor]:
     most = MAX_V_DIM_FP32 if q.dtype == torch.float32 else MAX_V_DIM
     fits = v_dim <= most and q.shape[3] - v_dim <= MAX_REST
+    if kv_cache.dtype == torch.uint8:
+        fits = fits and v_dim in FP8_V_DIMS and q.dtype != torch.float32
     decode = _triton_decode if fits and _launch.use_triton(q) else _torch_decode
     return decode(q, kv_cache, block_table, seq_lens, v_dim, scale, causal)
 
@@ -331,15 +395,38 @@ def _(
     return q.new_empty(batch, new, heads, v_dim), lse
 
 
-# --- public op --------------------------------------------------------------------------------------------------------
+# --- public ops -------------------------------------------------------------------------------------------------------
+
+
+def _fp8_row_bytes(latent: int, rotary: int) -> int:
+    if latent % TILE or rotary % 2:
+        allowed = f"multiples of {TILE} and of 2"
+        raise ValueError(f"an fp8 row: got {latent} latent and {rotary} rotated values, allowed are {allowed}")
+    return latent + latent // TILE * 4 + rotary * 2
+
+
+def quantize_latent_cache(latent: Tensor, rotary: Tensor, scale_format: ScaleFormat = "ue8m0") -> Tensor:
+    """latent [..., Dc] and rotated keys [..., Dr], fp32, bf16 or fp16 -> fp8 rows [..., Dc + Dc / 32 + 2 Dr] uint8, to
+    be written into the cache of `mla_decode`. Scales are powers of two, so that code * scale is a bf16 number, or with
+    `scale_format` "fp32" amax / 448. Dc is a multiple of 128, Dr of 2, else ValueError; further errors are those of
+    `quantize_tiles`."""
+    check_shape("rotary", rotary, (*latent.shape[:-1], None))
+    width = _fp8_row_bytes(latent.shape[-1], rotary.shape[-1])
+    rows = latent.new_empty(*latent.shape[:-1], width, dtype=torch.uint8)
+    codes, scales = quantize_tiles(latent, scale_format)
+    values = codes.view(torch.uint8), scales, rotary
+    for field, value in zip(_fields(rows, latent.shape[-1]), values, strict=True):
+        field.copy_(value)
+    return rows
 
 
 def mla_decode(
     q: Tensor, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, v_dim: int, scale: float, causal: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """q [B, S, H, Dc + Dr] (S new tokens each), kv_cache [pages, page, Dc + Dr] in q's dtype, block_table [B, P] page
-    numbers and seq_lens [B] rows of each sequence, the S new ones among them (both int32 or int64) -> out
-    [B, S, H, v_dim] in q's dtype, lse [B, S, H] fp32 (natural log of the softmax's denominator; fp64 for fp64).
+    """q [B, S, H, Dc + Dr] (S new tokens each), kv_cache [pages, page, Dc + Dr] in q's dtype (or uint8 or e4m3, of rows
+    as `quantize_latent_cache` writes them: then v_dim = Dc, a multiple of 128), block_table [B, P] page numbers and
+    seq_lens [B] rows of each sequence, the S new ones among them (both int32 or int64) -> out [B, S, H, v_dim] in q's
+    dtype, lse [B, S, H] fp32 (natural log of the softmax's denominator; fp64 for fp64).
     Sequences may be empty or shorter than S; queries that see no row give out 0 and lse +inf. Entries of block_table
     behind a sequence's last page may be any number, and rows behind its length may hold NaN.
 
@@ -351,14 +438,15 @@ def mla_decode(
     if q.dim() != 4:
         check_shape("q", q, (None, None, None, None))
     batch, _, _, width = q.shape
-    check_shape("kv_cache", kv_cache, (None, None, width))
+    if not 0 < v_dim <= width:
+        raise ValueError(f"v_dim: got {v_dim}, allowed is 1 to the row's {width}")
+    fp8 = kv_cache.dtype in (torch.uint8, E4M3)
+    check_shape("kv_cache", kv_cache, (None, None, _fp8_row_bytes(v_dim, width - v_dim) if fp8 else width))
     check_shape("block_table", block_table, (batch, None))
     check_shape("seq_lens", seq_lens, (batch,))
-    if kv_cache.dtype != q.dtype:
-        raise TypeError(f"kv_cache: got {kv_cache.dtype}, allowed is q's {q.dtype}")
+    if kv_cache.dtype != q.dtype and not fp8:
+        raise TypeError(f"kv_cache: got {kv_cache.dtype}, allowed is q's {q.dtype}, torch.uint8 or {E4M3}")
     for name, x in (("block_table", block_table), ("seq_lens", seq_lens)):
         if x.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{name}: got {x.dtype}, allowed are torch.int32, torch.int64")
-    if not 0 < v_dim <= width:
-        raise ValueError(f"v_dim: got {v_dim}, allowed is 1 to the row's {width}")
-    return _mla_decode(q, kv_cache, block_table, seq_lens, v_dim, scale, causal)
+    return _mla_decode(q, kv_cache.view(torch.uint8) if fp8 else kv_cache, block_table, seq_lens, v_dim, scale, causal)

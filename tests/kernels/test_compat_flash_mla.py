@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from minids_kernels import dequantize_tiles, quantize_latent_cache, quantize_tiles
 from minids_kernels.compat.flash_mla import flash_mla_with_kvcache, get_mla_metadata
 from torch import Tensor
 
@@ -49,12 +50,34 @@ def test_agrees_with_torch(key_heads: int, options: dict[str, Any], device: torc
             assert ((lse_error < 1e-6) | (lse_error < 8.01 / 65536 * want_lse.abs())).all()
 
 
+def test_fp8_cache(device: torch.device) -> None:
+    """Rows of 656 bytes in pages that lie apart, as FlashMLA's tests lay them, against a cache of what they hold."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+    q, latent, rotary = (torch.randn(*s, device=device) / 10 for s in ((2, 2, 3, 576), (4, 20, 512), (4, 20, 64)))
+    memory = torch.full((4, 21, 656), 255, dtype=torch.uint8, device=device)
+    memory[:, :20] = quantize_latent_cache(latent, rotary)
+    cache = memory[:, :20].unsqueeze(2).view(torch.float8_e4m3fn)
+    table = torch.tensor([[2, 0], [1, 2147480000]], dtype=torch.int32, device=device)
+    lengths = torch.tensor([33, 7], dtype=torch.int32, device=device)
+    q, metadata = q.to(dtype), get_mla_metadata()[0]
+    out, lse = flash_mla_with_kvcache(q, cache, table, lengths, 512, metadata, causal=True, is_fp8_kvcache=True)
+    codes, scales = quantize_tiles(latent, "ue8m0")
+    plain = torch.cat((dequantize_tiles(codes, scales, torch.float32), rotary.bfloat16().float()), dim=-1)
+    want, want_lse = flash_mla_with_kvcache(
+        q.float(), plain.unsqueeze(2), table, lengths, 512, metadata, causal=True
+    )  # fmt: skip
+    torch.testing.assert_close(out.float(), want, atol=8e-4, rtol=2.01 / 128)
+    torch.testing.assert_close(lse, want_lse, atol=1e-3, rtol=0)  # the PyTorch path rounds scores of size 1 to fp16
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"indices": torch.zeros(1, 1, 4)}, "indices: got a tensor, allowed is None"),
         ({"attn_sink": torch.zeros(4)}, "attn_sink: got a tensor"),
-        ({"is_fp8_kvcache": True}, "is_fp8_kvcache: got True"),
+        ({"is_fp8_kvcache": True}, "is_fp8_kvcache: got True with torch.float32, allowed is True for a cache of uint8"),
+        ({"k_cache": torch.zeros(2, 4, 1, 656).byte()}, "is_fp8_kvcache: got False with torch.uint8"),
+        ({"k_cache": torch.zeros(2, 4, 2, 656).byte(), "is_fp8_kvcache": True}, "k_cache: got shape"),
         ({"block_table": None}, "block_table: got None"),
         ({"cache_seqlens": None}, "cache_seqlens: got None"),
         ({"k_cache": torch.zeros(2, 4, 3, WIDTH)}, "k_cache: got 3 heads, allowed are divisors of q's 4"),

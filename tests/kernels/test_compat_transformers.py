@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from minids_kernels import moe_experts, rms_norm
 from minids_kernels.compat import transformers as compat
 from minids_kernels.compat.transformers import apply_to_transformers
 from torch import Tensor, nn
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from tests.kernels.numerics import assert_near, error_bound
 
@@ -79,6 +80,124 @@ def test_logits_and_gradients_are_the_same(ids: Tensor, calls: dict[str, int]) -
     assert calls["rms_norm"] == NORMS
 
 
+class Cache(DynamicCache):
+    """Notes the shapes it is given and gives back."""
+
+    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.shapes = [*getattr(self, "shapes", []), (tuple(key.shape[1:]), tuple(value.shape[1:]))]
+        return super().update(key, value, *args, **kwargs)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("changes", [{}, {"q_lora_rank": None, "rope_interleave": False}], ids=str)
+def test_generates_the_same(implementation: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedily, prompts of unequal lengths padded on the left, logits of each step within 1e-4; the cache is given a
+    latent and a rotated key a token, and only the prompt's are ever expanded."""
+    model = peer(**changes).eval()
+    model.set_attn_implementation(implementation)
+    ids = torch.randint(1, 50, (3, 9))
+    mask = (torch.arange(9) >= torch.tensor([0, 4, 8])[:, None]).long()
+    prompts, expanded = [], compat._expanded
+
+    def counted(self: nn.Module, q: Tensor, *args: Any) -> Tensor:
+        prompts.append(q.shape[1])
+        return expanded(self, q, *args)
+
+    monkeypatch.setattr(compat, "_expanded", counted)
+    for options in ({}, {"attention_mask": mask}):
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | options
+        settings = dict(
+            max_new_tokens=12, do_sample=False, pad_token_id=0, return_dict_in_generate=True, output_logits=True
+        )
+        want = model.generate(**inputs, **settings)
+        undo = apply_to_transformers(model)
+        cache = Cache(config=model.config)
+        prompts.clear()
+        got = model.generate(**inputs, **settings, past_key_values=cache)
+        undo()
+        assert torch.equal(got.sequences, want.sequences) and got.sequences.shape == (3, 21)
+        torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=1e-4, rtol=1e-4)
+        assert prompts == [9] * LAYERS
+        new = [9] * LAYERS + [1] * (11 * LAYERS)
+        assert cache.shapes == [((1, n, 16), (1, n, 8)) for n in new]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_padding_changes_no_logit_and_no_gradient(side: str, implementation: str) -> None:
+    model = peer()
+    model.set_attn_implementation(implementation)
+    ids, lengths = torch.randint(50, (3, 9)), torch.tensor([9, 5, 1])[:, None]
+    place = torch.arange(9) if side == "right" else torch.arange(9).flip(0)
+    mask = place < lengths
+
+    def outcome() -> list[Tensor]:
+        model.zero_grad()
+        logits = model(ids, attention_mask=mask.long()).logits[mask]
+        logits.square().mean().backward()
+        return [logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    before = outcome()
+    apply_to_transformers(model)
+    for got, want in zip(outcome(), before, strict=True):
+        assert_near(got, want.double(), error_bound(torch.float32, 20 * LAYERS, ids.numel() * 56))
+
+
+def test_masks_of_two_dimensions() -> None:
+    """As models on FlashAttention give them: what those of four say."""
+    keys = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    for queries in (1, 2, 4):
+        causal = torch.ones(queries, 4).tril(4 - queries).bool()
+        whole = (keys.bool()[:, None] & causal).unsqueeze(1)
+        for mask in (keys, whole, torch.where(whole, 0.0, torch.finfo().min)):
+            seen = compat._seen(mask, queries, 4)
+            assert seen is not None and torch.equal(seen, keys.bool())
+            assert compat._seen(mask[1:], queries, 4) is None
+    with pytest.raises(ValueError, match="attention_mask: got padding among the new tokens"):
+        compat._seen(keys.flip(1), 2, 4)
+
+
+def test_beams(ids: Tensor) -> None:
+    """The cache's rows change places."""
+    model = peer().eval()
+    settings = dict(num_beams=3, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    want = model.generate(ids, **settings)
+    apply_to_transformers(model)
+    assert torch.equal(model.generate(ids, **settings), want)
+
+
+def test_several_tokens_behind_a_past(ids: Tensor) -> None:
+    """As in speculative decoding: a cache that transformers filled, several new tokens, some taken back."""
+    model = peer().eval()
+    with torch.no_grad():
+        want = model(ids).logits
+        cache = model(ids[:, :4], use_cache=True).past_key_values
+        apply_to_transformers(model)
+        first = model(ids[:, 4:8], past_key_values=cache).logits
+        cache.crop(-2)
+        again = model(ids[:, 6:], past_key_values=cache).logits
+    torch.testing.assert_close(torch.cat((first[:, :2], again), dim=1), want[:, 4:], atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_refused(ids: Tensor) -> None:
+    model = peer(attention_dropout=0.1).eval()
+    apply_to_transformers(model)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="attention_mask: got another mask, allowed is a causal one"):
+            model(ids, attention_mask=torch.ones(2, 1, 9, 9, dtype=torch.bool))
+        cache = model(ids[:, :4], use_cache=True).past_key_values
+        mask = torch.ones(2, 9).long()
+        mask[1, 8] = 0
+        with pytest.raises(ValueError, match="attention_mask: got"):
+            model(ids[:, 4:], attention_mask=mask, past_key_values=cache)
+        with pytest.raises(ValueError, match="cu_seq_lens_q: got a tensor"):
+            model(ids, cu_seq_lens_q=torch.tensor([0, 18]))
+    with pytest.raises(ValueError, match="past_key_values: got a StaticCache of fixed length"):
+        model.generate(ids, max_new_tokens=2, cache_implementation="static")
+    with pytest.raises(ValueError, match=r"attention_dropout: got 0\.1 in training"):
+        model.train()(ids)
+
+
 def test_bf16(ids: Tensor) -> None:
     """Against the same weights in fp32, no further off than transformers itself by more than half."""
     model = peer(n_routed_experts=2)  # both experts serve every token: rounding changes nobody's choice
@@ -106,7 +225,7 @@ def test_twice_is_refused_and_changes_nothing(ids: Tensor) -> None:
     model = peer()
     before = results(model, ids)
     undo = apply_to_transformers(model)
-    with pytest.raises(ValueError, match=r"model: the forward of model\.\S*norm\S* has been replaced already"):
+    with pytest.raises(ValueError, match=r"model: the forward of model\.\S* has been replaced already"):
         apply_to_transformers(model)
     undo()
     assert all(torch.equal(got, want) for got, want in zip(results(model, ids), before, strict=True))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minids_kernels import mla_decode, mla_decode_reference
+from minids_kernels import mla_decode, mla_decode_reference, quantize_latent_cache
 from minids_kernels._ops import ops
 from torch import Tensor
 from torch.library import opcheck
@@ -168,6 +168,105 @@ def test_lengths_that_are_none(device: torch.device) -> None:
     lengths = torch.tensor([-1, 64, 1000], dtype=torch.int64, device=device)
     got = mla_decode(q, cache, table, lengths, MINI[0], 0.5)
     assert_as_flash_mla(got, exact(q, [rows[0][:0], *rows[1:]], MINI[0], 0.5, True))
+
+
+def fp8_problem(
+    lengths: Sequence[int], new: int, heads: int, v_dim: int, rest: int, page: int, dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Problem, list[Tensor]]:  # fmt: skip
+    """`problem` with a cache of fp8 rows, and what they stand for: bytes cut by hand, as FlashMLA describes them. In
+    pages, all that is no row is NaN in codes (0x7F), scales and rotated values (0xFFFF) alike."""
+    (q, cache, table, seq_lens), rows = problem(lengths, new, heads, v_dim, rest, page, torch.float32, device)
+    seen = cache.isfinite().all(-1, keepdim=True)
+    packed = quantize_latent_cache(*cache.nan_to_num().split([v_dim, rest], -1))
+    packed = packed.where(seen, torch.tensor(255, dtype=torch.uint8, device=device))
+    packed[..., :v_dim].masked_fill_(~seen, 0x7F)
+    meant = []
+    for x in rows:
+        raw = quantize_latent_cache(*x.split([v_dim, rest], -1))
+        codes = raw[:, :v_dim].view(torch.float8_e4m3fn).double().unflatten(-1, (-1, 128))
+        scales = raw[:, v_dim : v_dim + v_dim // 32].clone().view(torch.float32).double()
+        rotary = raw[:, v_dim + v_dim // 32 :].clone().view(torch.bfloat16).double()
+        meant.append(torch.cat(((codes * scales[..., None]).flatten(1), rotary), dim=-1))
+    return (q.to(dtype), packed, table, seq_lens), meant
+
+
+FP8_CASES = {
+    "V3": (1, 2, [33, 0], 64, *V3),
+    "8 tokens": (1, 8, [5, 36], 16, 128, 16),
+    "middle, pages of 7": (2, 3, [37], 7, 256, 64),
+    "no rest": (2, 1, [33, 33], 16, 128, 0),
+    "wider than kernels serve": (2, 1, [20], 16, 640, 64),
+}
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "all"])
+@pytest.mark.parametrize("case", FP8_CASES.values(), ids=FP8_CASES)
+def test_fp8_cache(
+    case: tuple[int, int, list[int], int, int, int], causal: bool, backend: str, device: torch.device
+) -> None:
+    """As FlashMLA, of what the bytes stand for: code times a power of two is exact in fp16 and bf16 alike."""
+    heads, new, lengths, page, v_dim, rest = case
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16 if backend == "triton" else torch.float32
+    (q, cache, *more), rows = fp8_problem(lengths, new, heads, v_dim, rest, page, dtype, device)
+    assert cache.shape[-1] == v_dim + v_dim // 32 + 2 * rest
+    got = mla_decode(q, cache, *more, v_dim, 0.5, causal)
+    assert got[0].dtype == dtype and got[1].dtype == torch.float32
+    assert_as_flash_mla(got, exact(q, rows, v_dim, 0.5, causal))
+
+
+def test_fp8_strides_do_not_matter(device: torch.device) -> None:
+    """Nor whether bytes are called e4m3; the second cache has its rows at odd addresses."""
+    (q, cache, *more), _ = fp8_problem([5, 3], 1, 2, 128, 16, 4, torch.float16, device)
+    want = mla_decode(q, cache, *more, 128, 0.5)
+    for same in (cache.view(torch.float8_e4m3fn), F.pad(cache, (1, 2, 1, 2))[:, 1:-2, 1:-2]):
+        got = mla_decode(q, same, *more, 128, 0.5)
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+def test_fp8_rows(device: torch.device) -> None:
+    """656 bytes in DeepSeek-V3; the error of 3 bits of mantissa, scales of one tile not its neighbour's."""
+    latent, rotary = torch.randn(2, 3, 512, device=device), torch.randn(2, 3, 64, device=device)
+    latent[0, 0, :128] *= 1e4
+    latent[0, 1, 128:256] = 0
+    for scale_format in ("ue8m0", "fp32"):
+        rows = quantize_latent_cache(latent, rotary, scale_format)
+        assert rows.shape == (2, 3, 656) and rows.dtype == torch.uint8
+        codes, scales, kept = room._fields(rows, 512)
+        values = codes.view(torch.float8_e4m3fn).float().unflatten(-1, (4, 128)) * scales[..., None]
+        error = (values.flatten(-2) - latent).unflatten(-1, (4, 128)).abs()
+        assert (error <= torch.maximum(latent.unflatten(-1, (4, 128)).abs() / 16, scales[..., None] * 2**-10)).all()
+        assert torch.equal(kept, rotary.bfloat16())
+        assert scale_format == "fp32" or torch.equal(torch.frexp(scales)[0], torch.full_like(scales, 0.5))
+
+
+def test_fp8_agrees_with_the_reference_and_fp64() -> None:
+    for dtype in (torch.float32, torch.float64):
+        (q, *cache), rows = fp8_problem([20, 5], 2, 3, 128, 16, 4, dtype, torch.device("cpu"))
+        assert_as_flash_mla(mla_decode(q, *cache, 128, 0.5), exact(q, rows, 128, 0.5, True))
+    got, want = mla_decode(q.float(), *cache, 128, 0.5), mla_decode_reference(q.float(), *cache, 128, 0.5)
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
+
+
+def test_fp8_registration(device: torch.device) -> None:
+    (q, *cache), _ = fp8_problem([0, 20], 2, 3, 128, 16, 16, torch.float16, device)
+    opcheck(ops.mla_decode.default, (q, *cache, 128, 0.5, True))
+
+
+@pytest.mark.parametrize(
+    ("v_dim", "rest", "row", "message"),
+    [
+        (64, 16, 98, "an fp8 row: got 64 latent and 16 rotated values, allowed are multiples of 128 and of 2"),
+        (128, 15, 162, "an fp8 row: got 128 latent and 15"),
+        (512, 64, 576, r"kv_cache: got shape \(2, 4, 576\), allowed is \(any, any, 656\)"),
+    ],
+)
+def test_bad_fp8_rows(v_dim: int, rest: int, row: int, message: str) -> None:
+    cache = torch.zeros(2, 4, row, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=message):
+        mla_decode(torch.zeros(1, 1, 2, v_dim + rest), cache, torch.zeros(1, 1).int(), torch.tensor([1]), v_dim, 0.5)
+    with pytest.raises(ValueError, match="rotary: got shape"):
+        quantize_latent_cache(torch.zeros(3, 128), torch.zeros(2, 16))
 
 
 def test_strides_do_not_matter(device: torch.device) -> None:

@@ -3,8 +3,9 @@
     from minids_kernels.compat.flash_mla import flash_mla_with_kvcache, get_mla_metadata
 
 For the dense cache in bf16 or fp16, on every GPU that Triton serves; page size, head count and head_dim_v at will. The
-schedule is worked out inside the kernel, so the metadata is empty and may be kept for any shapes and lengths. Sparse
-attention and the FP8 cache raise ValueError. Test: tests/kernels/test_compat_flash_mla.py.
+schedule is worked out inside the kernel, so the metadata is empty and may be kept for any shapes and lengths. FlashMLA
+reads its fp8 cache in sparse attention only; here dense attention reads the same rows. Sparse attention raises
+ValueError. Test: tests/kernels/test_compat_flash_mla.py.
 """
 
 from __future__ import annotations
@@ -50,12 +51,14 @@ def flash_mla_with_kvcache(
     topk_length: Tensor | None = None,
     extra_topk_length: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """q [B, S, Hq, D], k_cache [pages, page, Hk, D] in q's dtype, block_table [B, P] and cache_seqlens [B] int32 ->
-    out [B, S, Hq, head_dim_v] in q's dtype, lse [B, Hq, S] fp32. Query heads j * Hq / Hk.. see key head j.
-    softmax_scale is D ** -0.5 unless given. Queries that see nothing give out 0 and lse +inf.
+    """q [B, S, Hq, D], k_cache [pages, page, Hk, D] in q's dtype, or with is_fp8_kvcache [pages, page, 1, bytes] of
+    uint8 or e4m3, rows as `minids_kernels.quantize_latent_cache` writes them (656 bytes in DeepSeek-V3), block_table
+    [B, P] and cache_seqlens [B] int32 -> out [B, S, Hq, head_dim_v] in q's dtype, lse [B, Hq, S] fp32. Query heads
+    j * Hq / Hk.. see key head j. softmax_scale is D ** -0.5 unless given. Queries that see nothing give out 0 and lse
+    +inf.
 
-    Raises ValueError for arguments of sparse attention or the FP8 cache, without a block table or lengths, and when Hk
-    does not divide Hq; what `mla_decode` raises for the rest.
+    Raises ValueError for arguments of sparse attention, for an fp8 cache that is none or not announced, without a block
+    table or lengths, and when Hk does not divide Hq; what `mla_decode` raises for the rest.
     """
     sparse = dict(
         indices=indices, attn_sink=attn_sink, extra_k_cache=extra_k_cache, topk_length=topk_length,
@@ -64,14 +67,15 @@ def flash_mla_with_kvcache(
     for name, value in sparse.items():
         if value is not None:
             raise ValueError(f"{name}: got a tensor, allowed is None (sparse attention is not served)")
-    if is_fp8_kvcache:
-        raise ValueError("is_fp8_kvcache: got True, allowed is False (the cache is in q's dtype)")
+    if is_fp8_kvcache != (k_cache.element_size() == 1):
+        allowed = "True for a cache of uint8 or e4m3, False for one in q's dtype"
+        raise ValueError(f"is_fp8_kvcache: got {is_fp8_kvcache} with {k_cache.dtype}, allowed is {allowed}")
     if block_table is None or cache_seqlens is None:
         name = "block_table" if block_table is None else "cache_seqlens"
         raise ValueError(f"{name}: got None, allowed is a tensor (it may be None in sparse attention only)")
     check_shape("q", q, (None, None, None, None))
     heads, width = q.shape[2:]
-    check_shape("k_cache", k_cache, (None, None, None, width))
+    check_shape("k_cache", k_cache, (None, None, 1, None) if is_fp8_kvcache else (None, None, None, width))
     key_heads = k_cache.shape[2]
     if key_heads == 0 or heads % key_heads:
         raise ValueError(f"k_cache: got {key_heads} heads, allowed are divisors of q's {heads}")

@@ -4,49 +4,162 @@
     ...
     undo()
 
-Replaced is the forward of its RMSNorms and of its routed experts (where their activation is silu), instance by
-instance: weights, hooks, state_dict and other models of the process stay as they are. Not replaced is the dense MLP:
-its gate and up projections are two matrices, whose products would have to be copied side by side first.
+Replaced is the forward of its RMSNorms, of its attention and of its routed experts (where their activation is silu),
+instance by instance: weights, hooks, state_dict and other models of the process stay as they are. Not replaced is the
+dense MLP: its gate and up projections are two matrices, whose products would have to be copied side by side first.
+
+Attention without a past (training, prefill) is `mla_attention`, tokens of padding left out. Behind a past it is
+`mla_decode`: transformers' caches hold a layer's latents as keys and its rotated keys as values, one head each, and the
+new queries go to the latents, where transformers expands keys and values of all the past anew at each step. The caches'
+own functions (crop, reorder_cache) and the other way's contents stay good, and a cache may change ways.
 transformers itself is not imported: its classes are known by their names.
 Test: tests/kernels/test_compat_transformers.py.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..layers import RMSNorm
+from ..mla_attention import mla_attention
+from ..mla_decode import mla_decode
 from ..moe import moe_experts
 
 __all__ = ["apply_to_transformers"]
 
 FAMILY = "DeepseekV3PreTrainedModel"
+PAGE = 64  # rows; the same at each step, so that kernels are compiled once
 
 
 def _experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     return moe_experts(hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj)
 
 
-def _replacement(module: nn.Module, activation: str) -> Callable[..., Tensor] | None:
+def _seen(mask: Tensor | None, queries: int, keys: int) -> Tensor | None:
+    """What transformers' models give their attention -> which of the keys the last query sees [B, K], None for all.
+    Masks are [B, K] or [B, 1, S, K], whose real queries must see the first of these keys up to their own. Reads the
+    mask's values, for which a GPU is waited for."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        raise ValueError(f"attention_mask: got {type(mask).__name__}, allowed are tensors [B, K] and [B, 1, S, K]")
+    allowed = mask if mask.dtype == torch.bool else mask != 0 if mask.dim() == 2 else mask == 0
+    seen = allowed[:, -keys:] if mask.dim() == 2 else allowed[:, 0, -1]
+    rank = seen.cumsum(-1)
+    if queries == keys:
+        real, place = seen, rank
+    else:
+        place = rank[:, -1:] - torch.arange(queries - 1, -1, -1, device=rank.device)
+        real = place > 0
+        if mask.dim() == 2:
+            real = real & seen[:, -queries:]
+    if mask.dim() == 4:
+        expected = seen.unsqueeze(1) & (rank.unsqueeze(1) <= place.unsqueeze(2))
+        if not torch.equal(allowed[:, 0][real], expected[real]):
+            raise ValueError("attention_mask: got another mask, allowed is a causal one with padding before or behind")
+    if queries < keys and not real.all():
+        raise ValueError("attention_mask: got padding among the new tokens, allowed is padding before them")
+    return None if seen.all() else seen
+
+
+def _expanded(self: Any, q: Tensor, latent: Tensor, rotary: Tensor, seen: Tensor | None) -> Tensor:
+    """q [B, S, H, N + R] over keys and values of the same tokens, made from latent [B, S, C], rotary [B, S, R] ->
+    [B, S, H, V]. seen [B, S]: the tokens that are no padding; the others give 0."""
+    batch, tokens = q.shape[:2]
+    q, latent, rotary = q.flatten(0, 1), latent.flatten(0, 1), rotary.flatten(0, 1)
+    lengths = torch.full((batch,), tokens, device=q.device) if seen is None else seen.sum(1)
+    cu_seqlens = torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).int()
+    if seen is not None:
+        real = seen.flatten().nonzero().squeeze(1)
+        q, latent, rotary = q[real], latent[real], rotary[real]
+    k_nope, v = (
+        self.kv_b_proj(latent).unflatten(-1, (q.shape[1], -1)).split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+    )
+    k = torch.cat((k_nope, rotary.unsqueeze(1).expand(-1, q.shape[1], -1)), dim=-1)
+    out = mla_attention(q, k, v, cu_seqlens, scale=self.scaling)
+    if seen is not None:
+        out = out.new_zeros(batch * tokens, *out.shape[1:]).index_copy(0, real, out)
+    return out.unflatten(0, (batch, tokens))
+
+
+def _absorbed(self: Any, q: Tensor, latent: Tensor, rotary: Tensor, seen: Tensor | None) -> Tensor:
+    """q [B, S, H, N + R] of the last tokens over latent [B, K, C] and rotary [B, K, R] of all -> [B, S, H, V]."""
+    batch, keys, width = latent.shape
+    weight = self.kv_b_proj.weight.view(q.shape[2], -1, width)
+    w_uk, w_uv = weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
+    nope, rotary_q = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+    absorbed = torch.einsum("bshn,hnc->bshc", nope, w_uk)
+    q = torch.cat((absorbed, rotary_q.to(absorbed.dtype)), dim=-1)
+    pages = -(-keys // PAGE)
+    rows = q.new_empty(batch, pages * PAGE, q.shape[-1])  # behind the keys nothing is read
+    torch.cat((latent.to(q.dtype), rotary.to(q.dtype)), dim=-1, out=rows[:, :keys])
+    lengths = torch.full((batch,), keys, device=q.device, dtype=torch.int32)
+    if seen is not None:
+        order = seen.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+        rows[:, :keys] = rows[:, :keys].gather(1, order.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
+        lengths = seen.sum(1, dtype=torch.int32)
+    table = torch.arange(batch * pages, device=q.device, dtype=torch.int32).view(batch, pages)
+    out, _ = mla_decode(q, rows.view(-1, PAGE, rows.shape[-1]), table, lengths, width, self.scaling)
+    return torch.einsum("bshc,hvc->bshv", out, w_uv)
+
+
+def _attention(
+    self: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], attention_mask: Tensor | None,
+    past_key_values: Any = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    if self.training and self.attention_dropout:
+        raise ValueError(f"attention_dropout: got {self.attention_dropout} in training, allowed is 0")
+    if kwargs.get("cu_seq_lens_q") is not None:
+        raise ValueError("cu_seq_lens_q: got a tensor, allowed is None (packed documents are not served)")
+    if getattr(past_key_values, "is_compileable", False):
+        kind = type(past_key_values).__name__
+        raise ValueError(f"past_key_values: got a {kind} of fixed length, allowed are caches that grow (DynamicCache)")
+    if self.q_lora_rank is None:
+        q = self.q_proj(hidden_states)
+    else:
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+    q = q.unflatten(-1, (-1, self.qk_head_dim))
+    latent, rotary = self.kv_a_proj_with_mqa(hidden_states).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+    latent = self.kv_a_layernorm(latent).unsqueeze(1)
+    nope, rotary_q = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+    own = sys.modules[type(self).__module__]
+    rotate = own.apply_rotary_pos_emb_interleave if self.config.rope_interleave else own.apply_rotary_pos_emb
+    rotary_q, rotary = rotate(rotary_q.transpose(1, 2), rotary.unsqueeze(1), *position_embeddings)
+    q = torch.cat((nope, rotary_q.transpose(1, 2)), dim=-1)
+    if past_key_values is not None:
+        latent, rotary = past_key_values.update(latent, rotary, self.layer_idx)
+    latent, rotary = latent.squeeze(1), rotary.squeeze(1)
+    seen = _seen(attention_mask, q.shape[1], latent.shape[1])
+    attend = _expanded if latent.shape[1] == q.shape[1] else _absorbed
+    return self.o_proj(attend(self, q, latent, rotary, seen).flatten(2)), None
+
+
+def _replacement(module: nn.Module, activation: str) -> Callable[..., Any] | None:
     match type(module).__name__:
         case "DeepseekV3RMSNorm":
             return RMSNorm.forward
+        case "DeepseekV3Attention":
+            return _attention
         case "DeepseekV3Experts" if activation == "silu":
             return _experts
     return None
 
 
 def apply_to_transformers(model: nn.Module) -> Callable[[], None]:
-    """Serves `model`'s norms and experts by these kernels until the returned function is called, which restores it
-    exactly (again: does nothing).
+    """Serves `model`'s norms, attention and experts by these kernels until the returned function is called, which
+    restores it exactly (again: does nothing).
 
     Numbers differ by rounding: a norm rounds once, transformers' rounds before and after its weight. Under autocast a
-    norm's output comes in autocast's dtype. Put hooks that replace forwards (accelerate, kernelize) on afterwards, and
-    take them off before.
+    norm's output comes in autocast's dtype. Attention weights (output_attentions) are None. Padding may lie before or
+    behind a batch's prompts; other masks, padding among new tokens behind a past, caches of fixed length, packed
+    documents and dropout of attention raise ValueError when the model is called. Behind a past attention has no
+    gradient. Put hooks that replace forwards (accelerate, kernelize) on afterwards, and take them off before.
 
     Raises TypeError for a model of another class, ValueError where a forward has been replaced already, by this
     function or another; the model is then as it was.
