@@ -54,7 +54,7 @@ DOCUMENTS = {
     "one": [37],
     "equal": [8, 8, 8],
     "mixed": [5, 0, 19, 1, 0, 0, 40, 3],
-    "many": [i % 4 for i in range(40)],
+    "many": [i % 4 for i in range(14)],
     "more than a block": [131, 2, 70],
 }
 
