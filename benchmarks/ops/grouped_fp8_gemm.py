@@ -13,6 +13,7 @@ from minids_kernels import (
     dequantize_blocks,
     dequantize_tiles,
     grouped_fp8_gemm,
+    grouped_fp8_gemm_masked,
     grouped_fp8_gemm_reference,
     grouped_fp8_gemm_wgrad,
     grouped_fp8_gemm_wgrad_reference,
@@ -184,6 +185,12 @@ def _forward(tokens: int, out_dtype: torch.dtype) -> None:
     grouped_fp8_gemm(*a, *b, offsets, out_dtype)
 
 
+def _masked(rows: int) -> None:
+    a, b = _operand(EXPERTS, rows, WIDTH, rows=1), _operand(EXPERTS, 2 * INNER, WIDTH, rows=128)
+    out = torch.empty(EXPERTS, rows, 2 * INNER, dtype=torch.bfloat16)
+    grouped_fp8_gemm_masked(*a, *b, torch.zeros(EXPERTS, dtype=torch.int32), out, rows)
+
+
 def _wgrad(tokens: int, add: bool) -> None:
     columns = (tokens // 128 + EXPERTS) * 128
     a, b = _operand(2 * INNER, columns, rows=1), _operand(WIDTH, columns, rows=1)
@@ -201,5 +208,6 @@ def launches(arch: str, every: bool) -> list[tuple[str, Callable[[], Any]]]:
         calls += [(f"T={tokens} {dtype}", partial(_forward, tokens, dtype)) for tokens in counts]
     for add in (True, False) if every else (True,):
         calls.append((f"wgrad {'added' if add else 'written'}", partial(_wgrad, 4096, add)))
+    calls += [(f"masked M={count}", partial(_masked, count)) for count in (rows if every else rows[-1:])]
     x, offsets = torch.empty(4096, WIDTH, dtype=torch.bfloat16), torch.zeros(EXPERTS + 1, dtype=torch.int32)
     return [*calls, ("quantise", lambda: quantize_segments_transposed(x, offsets))]

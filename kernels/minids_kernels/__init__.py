@@ -18,6 +18,7 @@ from .fp8_quant import (
 )
 from .grouped_fp8_gemm import (
     grouped_fp8_gemm,
+    grouped_fp8_gemm_masked,
     grouped_fp8_gemm_reference,
     grouped_fp8_gemm_wgrad,
     grouped_fp8_gemm_wgrad_reference,
@@ -53,6 +54,7 @@ __all__ = [
     "fp8_linear",
     "fp8_linear_reference",
     "grouped_fp8_gemm",
+    "grouped_fp8_gemm_masked",
     "grouped_fp8_gemm_reference",
     "grouped_fp8_gemm_wgrad",
     "grouped_fp8_gemm_wgrad_reference",

@@ -55,6 +55,7 @@ from .grouped_gemm import SMALL, segment_at, segment_of
 
 __all__ = [
     "grouped_fp8_gemm",
+    "grouped_fp8_gemm_masked",
     "grouped_fp8_gemm_reference",
     "grouped_fp8_gemm_wgrad",
     "grouped_fp8_gemm_wgrad_reference",
@@ -131,6 +132,26 @@ def _grouped_fp8_gemm_kernel(
         depth = tl.where(expert < E, K, 0)
         _tile(
             a, a_scale, weights, scales, out, row, column, end, N, depth,
+            a_stride, as_stride, as_k_stride, b_stride, bs_stride, bs_k_stride, N, 1,
+            False, True, WIDE, False, False, STAGES, BLOCK_P, BLOCK_Q, BLOCK_K,
+        )  # fmt: skip
+
+
+@triton.jit
+def _grouped_fp8_gemm_masked_kernel(
+    a, a_scale, b, b_scale, counts, out, M, N, K,
+    a_stride, as_stride, as_k_stride, b_expert, b_stride, bs_expert, bs_stride, bs_k_stride,
+    WIDE: tl.constexpr, STRIPE: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of out [E * M, N] contiguous a program, of expert program_id(1), whose rows begin at M times it."""
+    expert = tl.program_id(1)
+    p, q = _origin(tl.program_id(0), M, N, BLOCK_P, BLOCK_Q, STRIPE)
+    count = tl.minimum(tl.load(counts + expert), M)
+    if p < count:
+        _tile(
+            a, a_scale, b + expert.to(tl.int64) * b_expert, b_scale + expert.to(tl.int64) * bs_expert,
+            out, expert * M + p, q, expert * M + count, N, K,
             a_stride, as_stride, as_k_stride, b_stride, bs_stride, bs_k_stride, N, 1,
             False, True, WIDE, False, False, STAGES, BLOCK_P, BLOCK_Q, BLOCK_K,
         )  # fmt: skip
@@ -224,6 +245,27 @@ def _triton_gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets
     )  # fmt: skip
 
 
+def _triton_masked(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, expected: int, out: Tensor
+) -> None:
+    (experts, rows, width), cols = a.shape, b.shape[1]
+    if out.numel() == 0:
+        return
+    a, b = (_aligned(x.reshape(-1, width)) for x in (a, b))
+    b = b.unflatten(0, (experts, cols))
+    a_scale = a_scale.reshape(experts * rows, -1)
+    wide = _generation(a) < 89
+    if wide:
+        a, b = a.view(torch.uint8), b.view(torch.uint8)
+    config = _launch.config("grouped_fp8_gemm", "many", _launch.arch(a), rows=expected)
+    _launch.launch(
+        _grouped_fp8_gemm_masked_kernel,
+        (triton.cdiv(rows, config["BLOCK_P"]) * triton.cdiv(cols, config["BLOCK_Q"]), experts),
+        a, a_scale, b, b_scale, counts, out, rows, cols, a.shape[1],
+        a.stride(0), *a_scale.stride(), *b.stride()[:2], *b_scale.stride(), WIDE=wide, **config,
+    )  # fmt: skip
+
+
 def _triton_wgrad(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor, out: Tensor, add: bool = False
 ) -> None:
@@ -276,6 +318,14 @@ def _torch_grouped(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offse
     out[bounds[-1][1] if bounds else 0 :].zero_()
 
 
+def _torch_masked(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, expected: int, out: Tensor
+) -> None:
+    for expert, count in enumerate(counts.clamp(max=a.shape[1]).tolist()):
+        rows, scales = a[expert, :count], a_scale[expert, :count]
+        out[expert, :count] = _torch_gemm(rows, scales, b[expert], b_scale[expert], out.dtype, GROUP)
+
+
 def _torch_wgrad(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor, out: Tensor, add: bool = False
 ) -> None:
@@ -311,6 +361,13 @@ def _grouped_fp8_gemm(
     return out
 
 
+@torch.library.custom_op(add_op_namespace_prefix("grouped_fp8_gemm_masked"), mutates_args=("out",))
+def _grouped_fp8_gemm_masked(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, expected: int, out: Tensor
+) -> None:
+    (_triton_masked if _launch.use_triton(a) else _torch_masked)(a, a_scale, b, b_scale, counts, expected, out)
+
+
 @torch.library.custom_op(add_op_namespace_prefix("grouped_fp8_gemm_wgrad"), mutates_args=())
 def _grouped_fp8_gemm_wgrad(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor) -> Tensor:
     out = a.new_empty(offsets.shape[0] - 1, a.shape[0], b.shape[0], dtype=torch.float32)
@@ -334,6 +391,11 @@ def _quantize_segments(x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
 @_grouped_fp8_gemm.register_fake
 def _(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor, out_dtype: torch.dtype) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1], dtype=out_dtype)
+
+
+@_grouped_fp8_gemm_masked.register_fake
+def _(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, expected: int, out: Tensor) -> None:
+    return None
 
 
 @_grouped_fp8_gemm_wgrad.register_fake
@@ -428,6 +490,22 @@ def _check_depth(name: str, x: Tensor) -> None:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, allowed is a last dimension of 1 or more")
 
 
+def _check_operands(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> None:
+    for name, tensor, dtype in (
+        ("a", a, E4M3),
+        ("b", b, E4M3),
+        ("a_scale", a_scale, torch.float32),
+        ("b_scale", b_scale, torch.float32),
+    ):
+        _check_dtype(name, tensor, dtype)
+    _check_depth("a", a)
+    *rows, width = a.shape
+    groups = -(-width // GROUP)
+    check_shape("a_scale", a_scale, (*rows, groups))
+    check_shape("b", b, (None, None, width))
+    check_shape("b_scale", b_scale, (b.shape[0], -(-b.shape[1] // GROUP), groups))
+
+
 def grouped_fp8_gemm(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor, out_dtype: torch.dtype = torch.bfloat16
 ) -> Tensor:
@@ -439,23 +517,33 @@ def grouped_fp8_gemm(
     Raises TypeError for codes that are not torch.float8_e4m3fn, scales that are not fp32, offsets that are not int32 or
     another out_dtype, ValueError for shapes that do not fit.
     """
-    for name, tensor, dtype in (
-        ("a", a, E4M3),
-        ("b", b, E4M3),
-        ("a_scale", a_scale, torch.float32),
-        ("b_scale", b_scale, torch.float32),
-    ):
-        _check_dtype(name, tensor, dtype)
     check_shape("a", a, (None, None))
-    _check_depth("a", a)
-    (rows, width), groups = a.shape, -(-a.shape[1] // GROUP)
-    check_shape("a_scale", a_scale, (rows, groups))
-    check_shape("b", b, (None, None, width))
-    check_shape("b_scale", b_scale, (b.shape[0], -(-b.shape[1] // GROUP), groups))
+    _check_operands(a, a_scale, b, b_scale)
     _check_offsets(offsets, b.shape[0])
     if out_dtype not in OUT_DTYPES:
         raise TypeError(f"out_dtype: got {out_dtype}, allowed are {', '.join(map(str, OUT_DTYPES))}")
     return _grouped_fp8_gemm(a, a_scale, b, b_scale, offsets, out_dtype)
+
+
+def grouped_fp8_gemm_masked(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, out: Tensor, expected: int
+) -> None:
+    """Writes the first counts[e] rows (int32 [E], at most M) of a[e] @ b[e].T into out [E, M, N] (bf16, fp16 or fp32,
+    contiguous) for each expert e; its other rows stay as they are. a [E, M, K] with a_scale [E, M, ceil(K / 128)], b
+    and b_scale as `grouped_fp8_gemm`: the layout of decoding under a CUDA graph, where each expert has room for M rows
+    and counts change. `expected`: rows an expert has on average, by which the tile is chosen.
+
+    Raises TypeError and ValueError as `grouped_fp8_gemm`.
+    """
+    check_shape("a", a, (b.shape[0], None, None))
+    _check_operands(a, a_scale, b, b_scale)
+    check_shape("counts", counts, (b.shape[0],))
+    _check_dtype("counts", counts, torch.int32)
+    check_shape("out", out, (*a.shape[:2], b.shape[1]))
+    _check_dtype("out", out, *OUT_DTYPES)
+    if not out.is_contiguous():
+        raise ValueError(f"out: got strides {out.stride()}, allowed is a contiguous tensor")
+    _grouped_fp8_gemm_masked(a, a_scale, b, b_scale, counts, expected, out)
 
 
 def grouped_fp8_gemm_wgrad(

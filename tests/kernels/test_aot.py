@@ -29,6 +29,7 @@ PRODUCTS: dict[str, str] = {
     "_fp8_gemm_tma_kernel": "fp8",
     "_fp8_gemm_persistent_kernel": "fp8",
     "_grouped_fp8_gemm_kernel": "fp8",
+    "_grouped_fp8_gemm_masked_kernel": "fp8",
     "_grouped_fp8_gemm_small_kernel": "fp8",
     "_grouped_fp8_gemm_wgrad_kernel": "fp8",
     "_grouped_gemm_kernel": "bf16",

@@ -5,14 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from minids_kernels import dequantize_blocks, dequantize_tiles, quantize_blocks, quantize_tiles
+from minids_kernels._ops import ops
 from minids_kernels.compat.deep_gemm import (
     fp8_gemm_nt,
     get_m_alignment_for_contiguous_layout,
     get_mk_alignment_for_contiguous_layout,
     m_grouped_fp8_gemm_nt_contiguous,
+    m_grouped_fp8_gemm_nt_masked,
 )
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import opcheck
 
 from benchmarks.aot import record
 from tests.kernels.numerics import assert_near, error_bound, poisoned_memory
@@ -87,6 +90,44 @@ def test_grouped_contiguous(counts: list[int], alignment: int, device: torch.dev
     assert d.isfinite().all()
 
 
+def masked(counts: list[int], rows: int, device: torch.device) -> tuple[Operand, Operand, Tensor]:
+    """a, b and masked_m of `counts` in room for `rows` each; codes and scales behind a group's rows are NaN."""
+    a = [column_major(quantize_tiles(torch.randn(rows, 256))) for _ in counts]
+    b = [quantize_blocks(torch.randn(40, 256)) for _ in counts]
+    for (codes, scales), count in zip(a, counts, strict=True):
+        codes.view(torch.uint8)[count:], scales[count:] = 0x7F, torch.nan
+    left, right = (tuple(torch.stack(parts).to(device) for parts in zip(*pairs, strict=True)) for pairs in (a, b))
+    return left, right, torch.tensor(counts, dtype=torch.int32, device=device)
+
+
+@pytest.mark.parametrize("counts", [[5, 0, 70, 64], [0, 0], [], [1]], ids=str)
+def test_grouped_masked(counts: list[int], device: torch.device) -> None:
+    """What lies behind a group's rows is neither read into results nor written."""
+    if counts:
+        left, right, sizes = masked(counts, 70, device)
+    else:
+        left = torch.zeros(0, 70, 256, device=device).to(torch.float8_e4m3fn), torch.zeros(0, 70, 2, device=device)
+        right = torch.zeros(0, 40, 256, device=device).to(torch.float8_e4m3fn), torch.zeros(0, 1, 2, device=device)
+        sizes = torch.zeros(0, dtype=torch.int32, device=device)
+    d = torch.full((len(counts), 70, 40), 7.0, dtype=torch.bfloat16, device=device)
+    m_grouped_fp8_gemm_nt_masked(left, right, d, sizes, 35)
+    for g, count in enumerate(counts):
+        want = tiles((left[0][g, :count], left[1][g, :count])) @ blocks((right[0][g], right[1][g])).T
+        assert_near(d[g, :count].cpu(), want, bound(torch.bfloat16, 256))
+        assert (d[g, count:] == 7).all()
+
+
+def test_the_masked_product_is_one_operator(device: torch.device) -> None:
+    """All of opcheck but the schema's test, which multiplies the inputs: torch cannot multiply fp8."""
+    left, right, sizes = masked([3, 0], 8, device)
+    args = (*left, *right, sizes, 2, torch.zeros(2, 8, 40, dtype=torch.bfloat16, device=device))
+    opcheck(
+        ops.grouped_fp8_gemm_masked.default,
+        args,
+        test_utils=("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )
+
+
 def test_alignment_is_deepgemms() -> None:
     assert get_mk_alignment_for_contiguous_layout() == get_m_alignment_for_contiguous_layout() == 128
 
@@ -108,6 +149,13 @@ def test_bad_input() -> None:
         fp8_gemm_nt(LEFT, (RIGHT[0], RIGHT[1].int()), D)
     with pytest.raises(ValueError, match=r"use_psum_layout: got True"):
         m_grouped_fp8_gemm_nt_contiguous(LEFT, GROUPS, D, torch.zeros(1).int(), use_psum_layout=True)
+    room = LEFT[0][None], LEFT[1][None]
+    with pytest.raises(ValueError, match=r"counts: got shape \(2,\), allowed is \(1\)"):
+        m_grouped_fp8_gemm_nt_masked(room, GROUPS, D[None], torch.zeros(2).int(), 4)
+    with pytest.raises(ValueError, match=r"out: got shape \(1, 5, 4\), allowed is \(1, 4, 5\)"):
+        m_grouped_fp8_gemm_nt_masked(room, GROUPS, D.T[None], torch.zeros(1).int(), 4)
+    with pytest.raises(ValueError, match=r"out: got strides .*, allowed is a contiguous tensor"):
+        m_grouped_fp8_gemm_nt_masked(room, GROUPS, torch.zeros(1, 5, 4).mT, torch.zeros(1).int(), 4)
     with pytest.raises(ValueError, match=r"m_indices: got shape \(3,\), allowed is \(4\)"):
         m_grouped_fp8_gemm_nt_contiguous(LEFT, GROUPS, D, torch.zeros(3).int())
     with pytest.raises(TypeError, match=r"m_indices: got torch\.int64, allowed is torch\.int32"):
@@ -121,4 +169,6 @@ def test_no_index_leaves_the_device() -> None:
         weights = torch.empty(4, 48, 64, dtype=torch.float8_e4m3fn)
         left, right = (codes, torch.empty(300, 1)), (weights, torch.empty(4, 1, 1))
         d, indices = torch.empty(300, 48), torch.empty(300, dtype=torch.int32)
+        room, counts = (codes.view(4, 75, 64), torch.empty(4, 75, 1)), torch.empty(4, dtype=torch.int32)
+        record([("", lambda: m_grouped_fp8_gemm_nt_masked(room, right, d.view(4, 75, 48), counts, 60))], "sm_90")
         record([("", lambda: m_grouped_fp8_gemm_nt_contiguous(left, right, d, indices))], "sm_90")

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from .._checks import check_shape
 from ..fp8_gemm import fp8_gemm, fp8_gemm_wgrad
-from ..grouped_fp8_gemm import grouped_fp8_gemm
+from ..grouped_fp8_gemm import grouped_fp8_gemm, grouped_fp8_gemm_masked
 
 __all__ = [
     "fp8_gemm_nt",
     "get_m_alignment_for_contiguous_layout",
     "get_mk_alignment_for_contiguous_layout",
     "m_grouped_fp8_gemm_nt_contiguous",
+    "m_grouped_fp8_gemm_nt_masked",
 ]
 
 Operand = tuple[Tensor, Tensor]
@@ -104,3 +105,23 @@ def m_grouped_fp8_gemm_nt_contiguous(
     rows = m_indices.clamp(min=0).cummax(0).values  # padding goes with the group before it
     edges = torch.arange(groups + 1, dtype=torch.int32, device=rows.device)
     d.copy_(grouped_fp8_gemm(*a, *b, torch.searchsorted(rows, edges, out_int32=True), d.dtype))
+
+
+def m_grouped_fp8_gemm_nt_masked(
+    a: Operand,
+    b: Operand,
+    d: Tensor,
+    masked_m: Tensor,
+    expected_m: int,
+    recipe: Recipe | None = None,
+    compiled_dims: str = "nk",
+    disable_ue8m0_cast: bool = False,
+) -> None:
+    """Writes the first masked_m[g] rows (int32 [G]) of a[g] @ b[g].T into d [G, M, N] (bf16, fp16 or fp32, contiguous),
+    and leaves its other rows alone. a: codes [G, M, K], scales [G, M, ceil(K / 128)]; b as for the contiguous layout.
+    expected_m: rows a group has on average.
+
+    Raises ValueError for another recipe and shapes that do not fit, TypeError for other dtypes.
+    """
+    _check_recipe(recipe, BLOCKS)
+    grouped_fp8_gemm_masked(*a, *b, masked_m, d, expected_m)
