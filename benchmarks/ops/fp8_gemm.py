@@ -1,4 +1,4 @@
-"""fp8_gemm: what to time and what to compile ahead of time."""
+"""fp8_gemm: what to time, what to tune and what to compile ahead of time."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from minids_kernels import (
     _launch,
     dequantize_blocks,
@@ -23,7 +22,7 @@ from minids_kernels import (
 )
 from torch import Tensor
 
-from benchmarks.ops.grouped_gemm import CPU_SHAPES, EXPERTS, GPU_SHAPES, INNER, SMALL_SHAPE, WIDTH, functional
+from benchmarks.ops.grouped_gemm import CPU_SHAPES, EXPERTS, GPU_SHAPES, INNER, SMALL_SHAPE, WIDTH, functional, routed
 from benchmarks.protocol import (
     OURS,
     Case,
@@ -81,8 +80,7 @@ def _offsets(rows: int, experts: int, ragged: bool, device: torch.device) -> Ten
     """Equal loads, or those of routing by independent draws."""
     if not ragged:
         return torch.arange(0, rows + 1, rows // experts, dtype=torch.int32, device=device)
-    counts = torch.bincount(torch.randint(experts, (rows,), device=device), minlength=experts)
-    return F.pad(counts.cumsum(0), (1, 0)).int()
+    return routed(rows, experts, device)
 
 
 def _forward_case(rows: int, n: int, k: int, experts: int, ragged: bool, device: torch.device) -> Case:

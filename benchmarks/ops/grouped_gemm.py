@@ -1,4 +1,4 @@
-"""Grouped matrix products: what to time and what to compile ahead of time."""
+"""Grouped matrix products: what to time, what to tune and what to compile ahead of time."""
 
 from __future__ import annotations
 
@@ -46,14 +46,21 @@ def functional(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     return F.grouped_mm(x, w.transpose(1, 2), offs=offsets[1:])
 
 
+def routed(rows: int, experts: int, device: torch.device) -> Tensor:
+    """Offsets int32 [E + 1] of `rows` rows whose experts were drawn independently."""
+    counts = torch.bincount(torch.randint(experts, (rows,), device=device), minlength=experts)
+    return F.pad(counts.cumsum(0), (1, 0)).int()
+
+
 def _case(rows: int, n: int, k: int, experts: int, dtype: torch.dtype, mode: str, device: torch.device) -> Case:
     """Experts' loads as of routing by independent draws."""
 
     def make() -> Inputs:
         x, w = normal(rows, k, device=device, dtype=dtype), normal(experts, n, k, device=device, dtype=dtype)
-        counts = torch.bincount(torch.randint(experts, (rows,), device=device), minlength=experts)
-        offsets = F.pad(counts.cumsum(0), (1, 0)).int()
-        return Inputs((x, w, offsets), () if mode == "fwd" else (normal(rows, n, device=device, dtype=dtype),))
+        return Inputs(
+            (x, w, routed(rows, experts, device)),
+            () if mode == "fwd" else (normal(rows, n, device=device, dtype=dtype),),
+        )
 
     elements = rows * k + experts * n * k + rows * n
     return Case(

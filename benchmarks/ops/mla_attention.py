@@ -1,4 +1,4 @@
-"""Attention over packed documents: what to time and what to compile ahead of time."""
+"""Attention over packed documents: what to time, what to tune and what to compile ahead of time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SwiGLU: what to time and what to compile ahead of time."""
+"""SwiGLU: what to time, what to tune and what to compile ahead of time."""
 
 from __future__ import annotations
 
