@@ -223,10 +223,9 @@ def _torch_outer(a: Tensor, b: Tensor, offsets: Tensor, out: Tensor) -> None:
 # --- for the inside of other ops: no graph sees them ------------------------------------------------------------------
 
 
-def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor, out: Tensor | None = None) -> Tensor:
-    """x [T, K], w [E, N, K], any strides -> [T, N], into `out` if given: contiguous, perhaps with more rows than x,
-    which become zero."""
-    out = x.new_empty(x.shape[0], w.shape[1]) if out is None else out
+def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+    """x [T, K], w [E, N, K], any strides -> [T, N], zero in rows past the last segment."""
+    out = x.new_empty(x.shape[0], w.shape[1])
     (_triton_mm if _launch.use_triton(x) else _torch_mm)(x, w, offsets, out)
     return out
 

@@ -11,6 +11,7 @@ Test: tests/kernels/test_moe.py. Benchmark: benchmarks/ops/moe.py.
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -22,11 +23,23 @@ from ._checks import check_float, check_shape, compute_dtype
 from ._launch import tl, triton
 from ._ops import add_op_namespace_prefix
 from .grouped_gemm import grouped_mm, grouped_outer
-from .swiglu import swiglu_backward, swiglu_gradients, swiglu_values
+from .swiglu import swiglu_gradients, swiglu_values
 
 __all__ = ["MoePlan", "moe_experts", "moe_experts_reference", "moe_permute", "moe_unpermute"]
 
-ALIGN, ALIGN_HALF = 8, 64  # rows an expert's segment is padded to on the PyTorch path, the latter for bf16 and fp16
+ALIGN = 64  # rows of an expert's products on the PyTorch path in half precision
+
+
+class MoePlan(NamedTuple):
+    """Rows of (token, slot) pairs sorted by expert, a token's pairs in the order of tokens within an expert.
+
+    offsets int32 [E + 1]: starts of the experts' segments; place int64 [T * k]: row of each pair; token int64 [T * k]:
+    token of each row.
+    """
+
+    offsets: Tensor
+    place: Tensor
+    token: Tensor
 
 
 def moe_experts_reference(
@@ -152,13 +165,16 @@ def _torch_activate(gate_up: Tensor, weight: Tensor) -> Tensor:
 
 def _torch_activate_backward(dout: Tensor, gate_up: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     gate, up = gate_up.chunk(2, dim=-1)
-    out = F.silu(gate).mul_(up)
+    silu = F.silu(gate)
+    out = silu * up
     dweight = torch.linalg.vecdot(dout, out)
-    return out.mul_(weight), swiglu_backward(dout.mul_(weight), gate_up), dweight
+    dout.mul_(weight)
+    dgate = torch.ops.aten.silu_backward(dout * up, gate)
+    return out.mul_(weight), torch.cat((dgate, silu.mul_(dout)), dim=-1), dweight
 
 
 def _torch_combine(y: Tensor, place: Tensor, top_k: int, weight: Tensor | None) -> Tensor:
-    y = y if weight is None else y * _spread(weight, place, y.shape[0], y.dtype)
+    y = y if weight is None else y * _spread(weight, place, y.dtype)
     first, *others = place.view(-1, top_k).unbind(1)
     out = y.index_select(0, first)
     for rows in others:
@@ -166,68 +182,123 @@ def _torch_combine(y: Tensor, place: Tensor, top_k: int, weight: Tensor | None) 
     return out
 
 
+def _spare(x: Tensor) -> int:
+    """Rows that an expert's products may have beyond its own. For half precision CPU libraries prepare code for each
+    shape of product they meet, which takes longer than the product itself: whole ALIGN rows bound the shapes."""
+    return ALIGN - 1 if x.element_size() == 2 and not _launch.use_triton(x) else 0
+
+
+def _segments(offsets: Tensor, spare: int) -> list[tuple[int, int, int, int]]:
+    """(expert, first row, end, end of the products' rows) of experts that have rows."""
+    align = spare + 1
+    return [
+        (expert, start, end, start + -(-(end - start) // align) * align)
+        for expert, (start, end) in enumerate(itertools.pairwise(offsets.tolist()))
+        if start < end
+    ]
+
+
+def _gather(x: Tensor, token: Tensor, out: Tensor) -> Tensor:
+    """Tokens' rows of x, and zeros behind them."""
+    torch.index_select(x, 0, token, out=out[: token.shape[0]])
+    out[token.shape[0] :].zero_()
+    return out
+
+
+def _torch_fwd(
+    x: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, plan: MoePlan
+) -> tuple[Tensor, Tensor]:
+    """One expert after the other, whose rows stay in the caches from the gather to the sum. What its products write
+    behind its segment are zeros, and the next expert's to overwrite."""
+    spare, pairs = _spare(x), topk_weight.numel()
+    out, gate_up = torch.zeros_like(x), x.new_empty(pairs + spare, w_gate_up.shape[1])
+    gate_up[pairs:].zero_()
+    weight = F.pad(_spread(topk_weight, plan.place, x.dtype), (0, 0, 0, spare))
+    segments = _segments(plan.offsets, spare)
+    rows = x.new_empty(max((stop - start for _, start, _, stop in segments), default=0), x.shape[1])
+    for expert, start, end, stop in segments:
+        mine = _gather(x, plan.token[start:end], rows[: stop - start])
+        torch.mm(mine, w_gate_up[expert].T, out=gate_up[start:stop])
+        y = torch.mm(_torch_activate(gate_up[start:stop], weight[start:stop]), w_down[expert].T, out=mine)
+        out.index_add_(0, plan.token[start:end], y[: end - start])
+    return out, gate_up
+
+
+def _torch_bwd(
+    dout: Tensor, x: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, gate_up: Tensor, plan: MoePlan
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    spare, pairs = _spare(x), topk_weight.numel()
+    dx, dweight = torch.zeros_like(x), x.new_empty(pairs)
+    dw_gate_up, dw_down = torch.empty_like(w_gate_up), torch.empty_like(w_down)
+    weight = F.pad(_spread(topk_weight, plan.place, x.dtype), (0, 0, 0, spare))
+    segments = _segments(plan.offsets, spare)
+    rows, drows = x.new_empty(2, max((stop - start for _, start, _, stop in segments), default=0), x.shape[1])
+    for expert, start, end, stop in segments:
+        mine, dmine = (_gather(t, plan.token[start:end], to[: stop - start]) for t, to in ((x, rows), (dout, drows)))
+        scaled, dgate_up, products = _torch_activate_backward(
+            torch.mm(dmine, w_down[expert]), gate_up[start:stop], weight[start:stop]
+        )
+        dweight[start:end] = products[: end - start]
+        for behind in (scaled[end - start :], dgate_up[end - start :]):  # what the next expert's gate_up gave
+            behind.zero_()
+        torch.mm(dmine.T, scaled, out=dw_down[expert])
+        torch.mm(dgate_up.T, mine, out=dw_gate_up[expert])
+        torch.mm(dgate_up, w_gate_up[expert], out=dmine)
+        dx.index_add_(0, plan.token[start:end], dmine[: end - start])
+    idle = plan.offsets.diff() == 0
+    for dw in (dw_gate_up, dw_down):
+        dw[idle] = 0.0
+    return dx, dweight, dw_gate_up, dw_down
+
+
 # --- forward and backward ---------------------------------------------------------------------------------------------
 
 
-def _align(x: Tensor) -> int:
-    """Rows that experts' segments are padded to: to none by our kernels. CPU libraries are slow at odd sizes, and for
-    half precision they prepare code for each shape of product they meet, which takes longer than an expert's product
-    itself; padding bounds the number of shapes."""
-    if _launch.use_triton(x):
-        return 1
-    return ALIGN if x.element_size() > 2 else ALIGN_HALF
-
-
-def _bound(pairs: int, experts: int, align: int) -> int:
-    """Rows that padded segments need at most."""
-    return pairs if align == 1 else min(-(-pairs // align) * align + experts * align, pairs * align)
-
-
-def _plan(topk_ids: Tensor, experts: int, align: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Where each (token, slot) pair goes when pairs are sorted by expert: offsets int32 [E + 1] starts of the experts'
-    segments, place [T * k] row of each pair, token [_bound(...)] token of each row (0 in padding)."""
+def _plan(topk_ids: Tensor, experts: int) -> MoePlan:
     flat = topk_ids.flatten()
-    pairs, device = flat.shape[0], flat.device
-    counts = torch.zeros(experts, dtype=torch.int64, device=device).scatter_add_(0, flat, torch.ones_like(flat))
-    padded = (counts + align - 1) // align * align
-    offsets = F.pad(padded.cumsum(0, dtype=torch.int32), (1, 0))
+    counts = torch.zeros(experts, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
+    offsets = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
     order = flat.argsort(stable=True)
-    shift = offsets[:-1] - (counts.cumsum(0) - counts)  # from sorted position to row, an expert
-    row = torch.arange(pairs, device=device) + shift[flat[order]]
-    place = torch.empty_like(order).scatter_(0, order, row)
-    token = torch.zeros(_bound(pairs, experts, align), dtype=torch.int64, device=device)
-    return offsets, place, token.scatter_(0, row, order // topk_ids.shape[1])
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(flat.shape[0], device=flat.device))
+    return MoePlan(offsets, place, order // topk_ids.shape[1])
 
 
-def _live(token: Tensor, offsets: Tensor) -> Tensor:
-    """Without the rows past the last segment, whose number only the CPU may ask for."""
-    return token if _launch.use_triton(token) else token[: int(offsets[-1])]
+def _spread(weight: Tensor, place: Tensor, dtype: torch.dtype) -> Tensor:
+    """Router weights [T, k] -> [T * k, 1] in the rows' order."""
+    return weight.new_empty(place.shape, dtype=dtype).scatter_(0, place, weight.flatten().to(dtype)).unsqueeze(1)
 
 
-def _spread(weight: Tensor, place: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
-    """Router weights [T, k] -> [rows, 1], 0 in padding."""
-    return weight.new_zeros(rows, dtype=dtype).scatter_(0, place, weight.flatten().to(dtype)).unsqueeze(1)
+def _triton_fwd(
+    x: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, plan: MoePlan
+) -> tuple[Tensor, Tensor]:
+    """-> out [T, D], gate_up [T * k, 2F]."""
+    gate_up = grouped_mm(x.index_select(0, plan.token), w_gate_up, plan.offsets)
+    y = grouped_mm(_triton_activate(gate_up, _spread(topk_weight, plan.place, x.dtype)), w_down, plan.offsets)
+    return _triton_combine(y, plan.place, topk_weight.shape[1], None), gate_up
 
 
-def _combine(y: Tensor, place: Tensor, top_k: int, weight: Tensor | None = None) -> Tensor:
-    """Sums each token's rows, times weight [T, k] if given: y [rows, D] -> [T, D]."""
-    return (_triton_combine if _launch.use_triton(y) else _torch_combine)(y, place, top_k, weight)
+def _triton_bwd(
+    dout: Tensor, x: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, gate_up: Tensor, plan: MoePlan
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> dx [T, D], dweight [T * k], dw_gate_up, dw_down."""
+    dy = dout.index_select(0, plan.token)
+    scaled, dgate_up, dweight = _triton_activate_backward(
+        grouped_mm(dy, w_down.transpose(1, 2), plan.offsets), gate_up, _spread(topk_weight, plan.place, x.dtype)
+    )
+    dw_down = grouped_outer(dy, scaled, plan.offsets)
+    dw_gate_up = grouped_outer(dgate_up, x.index_select(0, plan.token), plan.offsets)
+    drows = grouped_mm(dgate_up, w_gate_up.transpose(1, 2), plan.offsets)
+    return _triton_combine(drows, plan.place, topk_weight.shape[1], None), dweight, dw_gate_up, dw_down
 
 
 @torch.library.custom_op(add_op_namespace_prefix("moe_experts"), mutates_args=())
 def _moe_experts(
     x: Tensor, topk_ids: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> out [T, D]; for the backward: gate_up [rows, 2F] and the plan. x and weights of one dtype."""
-    offsets, place, token = _plan(topk_ids, w_gate_up.shape[0], _align(x))
-    live = _live(token, offsets)
-    gate_up = grouped_mm(
-        x.index_select(0, live), w_gate_up, offsets, out=x.new_empty(token.shape[0], w_gate_up.shape[1])
-    )
-    weight = _spread(topk_weight, place, live.shape[0], x.dtype)
-    activate = _triton_activate if _launch.use_triton(x) else _torch_activate
-    y = grouped_mm(activate(gate_up[: live.shape[0]], weight), w_down, offsets)
-    return _combine(y, place, topk_ids.shape[1]), gate_up, offsets, place, token
+    """-> out [T, D]; for the backward: gate_up [T * k and _spare, 2F] and the plan. x and weights of one dtype."""
+    plan = _plan(topk_ids, w_gate_up.shape[0])
+    out, gate_up = (_triton_fwd if _launch.use_triton(x) else _torch_fwd)(x, topk_weight, w_gate_up, w_down, plan)
+    return out, gate_up, *plan
 
 
 @torch.library.custom_op(add_op_namespace_prefix("moe_experts_backward"), mutates_args=())
@@ -236,15 +307,9 @@ def _moe_experts_backward(
     place: Tensor, token: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> dx, dtopk_weight, dw_gate_up, dw_down."""
-    live = _live(token, offsets)
-    weight = _spread(topk_weight, place, live.shape[0], x.dtype)
-    dy = dout.index_select(0, live)
-    backward = _triton_activate_backward if _launch.use_triton(x) else _torch_activate_backward
-    dscaled = grouped_mm(dy, w_down.transpose(1, 2), offsets)
-    scaled, dgate_up, dweight = backward(dscaled, gate_up[: live.shape[0]], weight)
-    dw_down = grouped_outer(dy, scaled, offsets)
-    dw_gate_up = grouped_outer(dgate_up, x.index_select(0, live), offsets)
-    dx = _combine(grouped_mm(dgate_up, w_gate_up.transpose(1, 2), offsets), place, topk_weight.shape[1])
+    backward = _triton_bwd if _launch.use_triton(x) else _torch_bwd
+    plan = MoePlan(offsets, place, token)
+    dx, dweight, dw_gate_up, dw_down = backward(dout, x, topk_weight, w_gate_up, w_down, gate_up, plan)
     return dx, dweight.to(topk_weight.dtype)[place].view_as(topk_weight), dw_gate_up, dw_down
 
 
@@ -254,10 +319,9 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     experts, width, _ = w_gate_up.shape
     pairs = topk_ids.shape[0] * topk_ids.shape[1]
-    rows = _bound(pairs, experts, _align(x))
     return (
-        x.new_empty(x.shape), x.new_empty(rows, width), x.new_empty(experts + 1, dtype=torch.int32),
-        topk_ids.new_empty(pairs), topk_ids.new_empty(rows),
+        x.new_empty(x.shape), x.new_empty(pairs + _spare(x), width), x.new_empty(experts + 1, dtype=torch.int32),
+        topk_ids.new_empty(pairs), topk_ids.new_empty(pairs),
     )  # fmt: skip
 
 
@@ -289,13 +353,13 @@ _moe_experts.register_autograd(_backward, setup_context=_setup)
 @torch.library.custom_op(add_op_namespace_prefix("moe_permute"), mutates_args=())
 def _moe_permute(x: Tensor, topk_ids: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> rows [T * k, D], and the plan."""
-    offsets, place, token = _plan(topk_ids, n_experts, 1)
-    return x.index_select(0, token), offsets, place, token
+    plan = _plan(topk_ids, n_experts)
+    return x.index_select(0, plan.token), *plan
 
 
 @torch.library.custom_op(add_op_namespace_prefix("moe_unpermute"), mutates_args=())
 def _moe_unpermute(y: Tensor, place: Tensor, token: Tensor, top_k: int, weight: Tensor | None) -> Tensor:
-    return _combine(y, place, top_k, weight)
+    return (_triton_combine if _launch.use_triton(y) else _torch_combine)(y, place, top_k, weight)
 
 
 @_moe_permute.register_fake
@@ -345,18 +409,6 @@ _moe_unpermute.register_autograd(_unpermute_backward, setup_context=_unpermute_s
 
 
 # --- public ops -------------------------------------------------------------------------------------------------------
-
-
-class MoePlan(NamedTuple):
-    """Rows of (token, slot) pairs sorted by expert, a token's pairs in the order of tokens within an expert.
-
-    offsets int32 [E + 1]: starts of the experts' segments; place int64 [T * k]: row of each pair; token int64 [T * k]:
-    token of each row.
-    """
-
-    offsets: Tensor
-    place: Tensor
-    token: Tensor
 
 
 def _check_ids(topk_ids: Tensor, tokens: int | None) -> None:
