@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from minids_kernels import dequantize_blocks, dequantize_tiles, quantize_blocks, quantize_tiles
@@ -10,6 +12,8 @@ from minids_kernels.compat.deep_gemm import (
     fp8_gemm_nt,
     get_m_alignment_for_contiguous_layout,
     get_mk_alignment_for_contiguous_layout,
+    k_grouped_fp8_gemm_nt_contiguous,
+    k_grouped_fp8_gemm_tn_contiguous,
     m_grouped_fp8_gemm_nt_contiguous,
     m_grouped_fp8_gemm_nt_masked,
 )
@@ -63,6 +67,59 @@ def test_dense(dtype: torch.dtype, device: torch.device) -> None:
     both = column_major(quantize_tiles(b))
     fp8_gemm_nt(left, both, d, recipe=(1, 1, 128))
     assert_near(d.cpu(), tiles(left) @ tiles(both).T, near)
+
+
+@pytest.mark.parametrize("layout", ["tn", "nt"])
+@pytest.mark.parametrize("ks", [[128, 0, 256], [0, 128], [0]], ids=str)
+def test_k_grouped(ks: list[int], layout: str, device: torch.device) -> None:
+    """Weights' gradients: written, and added to c, another tensor or d itself; zero or c for a group without rows."""
+    parts = [tuple(quantize_tiles(torch.randn(rows, k)) for rows in (40, 24)) for k in ks]
+    want = torch.stack([tiles(left) @ tiles(right).T for left, right in parts])
+    operands = []
+    for side in zip(*parts, strict=True):
+        codes, scales = (
+            [t.view(torch.uint8) if t.element_size() == 1 else t for t in ts] for ts in zip(*side, strict=True)
+        )
+        if layout == "tn":
+            pair = torch.cat([t.T for t in codes]), torch.cat([t.T for t in scales])
+        else:
+            pair = torch.cat([t.flatten() for t in codes]), torch.cat(scales, dim=1)
+        operands.append((pair[0].view(torch.float8_e4m3fn).to(device), pair[1].to(device)))
+    function = k_grouped_fp8_gemm_tn_contiguous if layout == "tn" else k_grouped_fp8_gemm_nt_contiguous
+    lengths = torch.tensor(ks, dtype=torch.int32, device=device)
+    c, near = torch.randn(len(ks), 40, 24, device=device), bound(torch.float32, 256)
+    with poisoned_memory():
+        d = torch.empty_like(c)
+        function(*operands, d, ks, lengths)
+    assert_near(d.cpu(), want, near, floor=1.0)
+    function(*operands, d, ks, lengths, c)
+    assert_near(d.cpu(), want + c.cpu().double(), near, floor=1.0)
+    function(*operands, c, ks, lengths, c, recipe=(1, 1, 128))
+    assert torch.equal(c, d)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"ks": [100, 28]}, ValueError, r"ks: got \[100, 28\], allowed are multiples of 128"),
+        ({"ks": [128]}, ValueError, r"ks_tensor: got shape \(2,\), allowed is \(1\)"),
+        ({"ks": [128, 128]}, ValueError, r"a: got shape \(128, 8\), allowed is \(256, any\)"),
+        ({"ks_tensor": torch.tensor([128, 0])}, TypeError, "ks_tensor: got torch.int64, allowed is torch.int32"),
+        ({"c": torch.zeros(2, 8, 4).half()}, TypeError, "c: got torch.float16, allowed is d's torch.float32"),
+        ({"recipe": (1, 128, 128)}, ValueError, r"recipe: got \(1, 128, 128\), allowed are \(1, 1, 128\)"),
+        ({"d": torch.zeros(2, 8, 5)}, ValueError, r"d: got shape \(2, 8, 5\), allowed is \(2, 8, 4\)"),
+    ],
+)
+def test_bad_input_to_k_grouped(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    def operand(columns: int) -> Operand:
+        return torch.zeros(128, columns).to(torch.float8_e4m3fn), torch.ones(1, columns)
+
+    good = dict(
+        a=operand(8), b=operand(4), d=torch.zeros(2, 8, 4), ks=[128, 0],
+        ks_tensor=torch.tensor([128, 0], dtype=torch.int32),
+    )  # fmt: skip
+    with pytest.raises(error, match=message):
+        k_grouped_fp8_gemm_tn_contiguous(**{**good, **change})
 
 
 @pytest.mark.parametrize("alignment", [128, 1])

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minids_kernels import moe_gate
+from minids_kernels import moe_experts_reference, moe_gate
 
+from minids.model import DeepseekV3
 from minids.model.moe import MLP, Gate, MoE, routing, update_bias
 from tests.minids.tiny import model_config, one_thread
 
@@ -129,3 +130,33 @@ def test_shared_experts_see_every_token() -> None:
     gate, up, down = (getattr(moe.shared_experts, f"{n}_proj").weight for n in ("gate", "up", "down"))
     torch.testing.assert_close(moe(x, 1)[0], (F.silu(x @ gate.T) * (x @ up.T)) @ down.T)
     assert MoE(model_config(60, n_shared_experts=0)).shared_experts is None
+
+
+def test_training_goes_as_with_a_loop_over_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """50 steps of AdamW, the bias moved after each: losses with `moe_experts` are those of its reference to rounding,
+    a tenth of a step's progress at least below what any change of the routing or of a gradient would do."""
+    config = model_config(64)
+    batches = torch.randint(0, 64, (8, 4, 16), generator=torch.Generator().manual_seed(1))
+
+    def losses() -> list[float]:
+        torch.manual_seed(0)
+        model = DeepseekV3(config)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        found = []
+        for step in range(50):
+            batch = batches[step % len(batches)]
+            result = model.losses(batch, batch)
+            loss = result.nll_sum / result.tokens + 1e-3 * result.balance
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            model.update_expert_bias(result.expert_counts, 1e-3)
+            found.append(loss.item())
+        return found
+
+    ours = losses()
+    monkeypatch.setattr("minids.model.moe.moe_experts", moe_experts_reference)
+    loop = losses()
+    assert ours[-1] < ours[0] - 0.5
+    print(max(abs(a-b) for a,b in zip(ours,loop)), ours[0], ours[-1])
+    assert ours == pytest.approx(loop, abs=1e-3)
