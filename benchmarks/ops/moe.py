@@ -10,6 +10,8 @@ JSON object; against transformers each side's best precision counts.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import importlib
 import json
 import statistics
@@ -106,9 +108,27 @@ def _case(
     )
 
 
+def _fp8_case(case: Case, mode: str) -> Case:
+    """The same layer in fp8, with its form in the case's dtype as a peer."""
+    return dataclasses.replace(
+        case,
+        name=f"layer fp8 {mode}",
+        contestants={
+            OURS: Contestant(calls(functools.partial(moe_experts, fp8=True), mode), package="minids"),
+            "without fp8": case.contestants[OURS],
+        },
+        tolerance=1e-1,  # four to eight roundings to e4m3, of 2^-4 / sqrt(3) each in the root mean square
+    )
+
+
 def cases(device: torch.device, quick: bool) -> list[Case]:
     shapes, dtype = sizes(device, quick, GPU_SHAPES, CPU_SHAPES, SMALL_SHAPE), precision(device)
-    return [_case(*shape, dtype, mode, device) for shape in shapes for mode in ("fwd", "fwd+bwd")]
+    found = []
+    for shape in shapes:
+        for mode in ("fwd", "fwd+bwd"):
+            case = _case(*shape, dtype, mode, device)
+            found += [case, _fp8_case(case, mode)]
+    return found
 
 
 def tuning() -> dict[str, Tuning]:

@@ -411,7 +411,7 @@ def _(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor, o
 _quantize_segments.register_fake(_empty_segments)
 
 
-def _quantize_weights(w: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_experts(w: Tensor) -> tuple[Tensor, Tensor]:
     """w [E, N, K] -> codes [E, N, K] as uint8, scales [E, ceil(N / 128), ceil(K / 128)]; a block is one expert's."""
     experts, rows, width = w.shape
     padded = F.pad(w, (0, 0, 0, -rows % GROUP)) if rows % GROUP else w
@@ -420,13 +420,20 @@ def _quantize_weights(w: Tensor) -> tuple[Tensor, Tensor]:
     return codes, scales.view(experts, -(-rows // GROUP), scales.shape[1])
 
 
+def empty_experts(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales as `quantize_experts` gives them, unwritten."""
+    experts, rows, width = w.shape
+    scales = w.new_empty(experts, -(-rows // GROUP), -(-width // GROUP), dtype=torch.float32)
+    return w.new_empty(w.shape, dtype=torch.uint8), scales
+
+
 @torch.library.custom_op(add_op_namespace_prefix("grouped_fp8_linear"), mutates_args=())
 def _grouped_fp8_linear(
     x: Tensor, w: Tensor, offsets: Tensor, out_dtype: torch.dtype, for_x: bool, for_w: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> y [T, N]; for x's gradient w's codes and scales, for w's gradient x's codes and scales in tiles of its
     segments, else empty tensors. Codes are uint8."""
-    w_codes, w_scales = _quantize_weights(w)
+    w_codes, w_scales = quantize_experts(w)
     y = _grouped_fp8_gemm(*quantize_tiles(x), w_codes.view(E4M3), w_scales, offsets, out_dtype)
     if not for_x:
         w_codes, w_scales = w_codes.new_empty(0, 0, 0), w_scales.new_empty(0, 0, 0)
@@ -438,9 +445,7 @@ def _grouped_fp8_linear(
 def _(
     x: Tensor, w: Tensor, offsets: Tensor, out_dtype: torch.dtype, for_x: bool, for_w: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    experts, rows, width = w.shape if for_x else (0, 0, 0)
-    codes = w.new_empty(experts, rows, width, dtype=torch.uint8)
-    scales = w.new_empty(experts, -(-rows // GROUP), -(-width // GROUP), dtype=torch.float32)
+    codes, scales = empty_experts(w if for_x else w.new_empty(0, 0, 0))
     empty = x.new_empty(0, 0, dtype=torch.uint8), x.new_empty(0, 0, dtype=torch.float32)
     kept = _empty_segments(x, offsets) if for_w else empty
     return x.new_empty(x.shape[0], w.shape[1], dtype=out_dtype), codes, scales, *kept

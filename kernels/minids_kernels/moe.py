@@ -12,6 +12,7 @@ Test: tests/kernels/test_moe.py. Benchmark: benchmarks/ops/moe.py.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,14 @@ from . import _launch
 from ._checks import check_float, check_shape, compute_dtype
 from ._launch import tl, triton
 from ._ops import add_op_namespace_prefix
+from .fp8_quant import quantize_tiles
+from .grouped_fp8_gemm import (
+    empty_experts,
+    grouped_fp8_gemm,
+    grouped_fp8_gemm_wgrad,
+    quantize_experts,
+    quantize_segments_transposed,
+)
 from .grouped_gemm import grouped_mm, grouped_outer
 from .swiglu import swiglu_gradients, swiglu_values
 
@@ -268,6 +277,19 @@ def _spread(weight: Tensor, place: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.new_empty(place.shape, dtype=dtype).scatter_(0, place, weight.flatten().to(dtype)).unsqueeze(1)
 
 
+def _activate(gate_up: Tensor, weight: Tensor) -> Tensor:
+    return (_triton_activate if _launch.use_triton(gate_up) else _torch_activate)(gate_up, weight)
+
+
+def _activate_backward(dout: Tensor, gate_up: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    backward = _triton_activate_backward if _launch.use_triton(gate_up) else _torch_activate_backward
+    return backward(dout, gate_up, weight)
+
+
+def _combine(y: Tensor, place: Tensor, top_k: int, weight: Tensor | None = None) -> Tensor:
+    return (_triton_combine if _launch.use_triton(y) else _torch_combine)(y, place, top_k, weight)
+
+
 def _triton_fwd(
     x: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, plan: MoePlan
 ) -> tuple[Tensor, Tensor]:
@@ -291,60 +313,111 @@ def _triton_bwd(
     return _triton_combine(drows, plan.place, topk_weight.shape[1], None), dweight, dw_gate_up, dw_down
 
 
+def _fp8_fwd(
+    x: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, plan: MoePlan
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """-> out, gate_up, both weights' codes and scales. A token is quantised once, whatever the number of its experts:
+    its codes are gathered."""
+    weight = _spread(topk_weight, plan.place, x.dtype)
+    gate_up_codes, down_codes = quantize_experts(w_gate_up), quantize_experts(w_down)
+    codes, scales = quantize_tiles(x)
+    rows = codes.view(torch.uint8).index_select(0, plan.token).view(codes.dtype), scales.index_select(0, plan.token)
+    gate_up = _fp8_mm(rows, gate_up_codes, plan.offsets, x.dtype)
+    y = _fp8_mm(quantize_tiles(_activate(gate_up, weight)), down_codes, plan.offsets, x.dtype)
+    return _combine(y, plan.place, topk_weight.shape[1]), gate_up, [*gate_up_codes, *down_codes]
+
+
+def _fp8_bwd(
+    dout: Tensor, x: Tensor, topk_weight: Tensor, kept: list[Tensor], gate_up: Tensor, plan: MoePlan
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> dx [T, D], dweight [T * k], dw_gate_up and dw_down in fp32."""
+    gate_up_turned, down_turned = (
+        (codes.transpose(1, 2).contiguous(), scales.transpose(1, 2)) for codes, scales in (kept[:2], kept[2:])
+    )
+    dy = dout.index_select(0, plan.token)
+    dscaled = _fp8_mm(quantize_tiles(dy), down_turned, plan.offsets, x.dtype)
+    scaled, dgate_up, dweight = _activate_backward(dscaled, gate_up, _spread(topk_weight, plan.place, x.dtype))
+    dw_down, dw_gate_up = (
+        grouped_fp8_gemm_wgrad(
+            *quantize_segments_transposed(left, plan.offsets), *quantize_segments_transposed(right, plan.offsets),
+            plan.offsets,
+        )
+        for left, right in ((dy, scaled), (dgate_up, x.index_select(0, plan.token)))
+    )  # fmt: skip
+    drows = _fp8_mm(quantize_tiles(dgate_up), gate_up_turned, plan.offsets, x.dtype)
+    return _combine(drows, plan.place, topk_weight.shape[1]), dweight, dw_gate_up, dw_down
+
+
+def _fp8_mm(rows: tuple[Tensor, Tensor], w: Sequence[Tensor], offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    """Each operand: codes and scales; w's codes as uint8."""
+    return grouped_fp8_gemm(*rows, w[0].view(torch.float8_e4m3fn), w[1], offsets, dtype)
+
+
 @torch.library.custom_op(add_op_namespace_prefix("moe_experts"), mutates_args=())
 def _moe_experts(
-    x: Tensor, topk_ids: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> out [T, D]; for the backward: gate_up [T * k and _spare, 2F] and the plan. x and weights of one dtype."""
+    x: Tensor, topk_ids: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, fp8: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """-> out [T, D]; for the backward: gate_up [T * k and _spare, 2F], the plan, and if `fp8` what `_fp8_fwd` keeps of
+    the weights. x and weights of one dtype."""
     plan = _plan(topk_ids, w_gate_up.shape[0])
+    if fp8:
+        out, gate_up, codes = _fp8_fwd(x, topk_weight, w_gate_up, w_down, plan)
+        return out, gate_up, *plan, codes
     out, gate_up = (_triton_fwd if _launch.use_triton(x) else _torch_fwd)(x, topk_weight, w_gate_up, w_down, plan)
-    return out, gate_up, *plan
+    return out, gate_up, *plan, []
 
 
 @torch.library.custom_op(add_op_namespace_prefix("moe_experts_backward"), mutates_args=())
 def _moe_experts_backward(
     dout: Tensor, x: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, gate_up: Tensor, offsets: Tensor,
-    place: Tensor, token: Tensor,
+    place: Tensor, token: Tensor, codes: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> dx, dtopk_weight, dw_gate_up, dw_down."""
-    backward = _triton_bwd if _launch.use_triton(x) else _torch_bwd
     plan = MoePlan(offsets, place, token)
-    dx, dweight, dw_gate_up, dw_down = backward(dout, x, topk_weight, w_gate_up, w_down, gate_up, plan)
+    if codes:
+        dx, dweight, *dw = _fp8_bwd(dout, x, topk_weight, codes, gate_up, plan)
+    else:
+        backward = _triton_bwd if _launch.use_triton(x) else _torch_bwd
+        dx, dweight, *dw = backward(dout, x, topk_weight, w_gate_up, w_down, gate_up, plan)
+    dw_gate_up, dw_down = (d.to(x.dtype) for d in dw)
     return dx, dweight.to(topk_weight.dtype)[place].view_as(topk_weight), dw_gate_up, dw_down
 
 
 @_moe_experts.register_fake
 def _(
-    x: Tensor, topk_ids: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, topk_ids: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, fp8: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     experts, width, _ = w_gate_up.shape
     pairs = topk_ids.shape[0] * topk_ids.shape[1]
     return (
-        x.new_empty(x.shape), x.new_empty(pairs + _spare(x), width), x.new_empty(experts + 1, dtype=torch.int32),
-        topk_ids.new_empty(pairs), topk_ids.new_empty(pairs),
+        x.new_empty(x.shape), x.new_empty(pairs + (0 if fp8 else _spare(x)), width),
+        x.new_empty(experts + 1, dtype=torch.int32), topk_ids.new_empty(pairs), topk_ids.new_empty(pairs),
+        [t for w in (w_gate_up, w_down) for t in empty_experts(w)] if fp8 else [],
     )  # fmt: skip
 
 
 @_moe_experts_backward.register_fake
 def _(
     dout: Tensor, x: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, gate_up: Tensor, offsets: Tensor,
-    place: Tensor, token: Tensor,
+    place: Tensor, token: Tensor, codes: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return tuple(t.new_empty(t.shape) for t in (x, topk_weight, w_gate_up, w_down))  # type: ignore[return-value]
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, _, topk_weight, w_gate_up, w_down = inputs
-    ctx.mark_non_differentiable(*output[1:])
+    x, _, topk_weight, w_gate_up, w_down, _ = inputs
+    _, *kept, codes = output
+    ctx.mark_non_differentiable(*kept, *codes)
     ctx.set_materialize_grads(False)  # else zeros of gate_up's size would come back for it
-    ctx.save_for_backward(x, topk_weight, w_gate_up, w_down, *output[1:])
+    ctx.save_for_backward(x, topk_weight, w_gate_up, w_down, *kept, *codes)
 
 
 def _backward(ctx, dout, *_):
     if dout is None:  # nothing came back
-        return (None,) * 5
-    dx, dweight, dw_gate_up, dw_down = _moe_experts_backward(dout, *ctx.saved_tensors)
-    return dx, None, dweight, dw_gate_up, dw_down
+        return (None,) * 6
+    saved = ctx.saved_tensors
+    dx, dweight, dw_gate_up, dw_down = _moe_experts_backward(dout, *saved[:8], list(saved[8:]))
+    return dx, None, dweight, dw_gate_up, dw_down, None
 
 
 _moe_experts.register_autograd(_backward, setup_context=_setup)
@@ -359,7 +432,7 @@ def _moe_permute(x: Tensor, topk_ids: Tensor, n_experts: int) -> tuple[Tensor, T
 
 @torch.library.custom_op(add_op_namespace_prefix("moe_unpermute"), mutates_args=())
 def _moe_unpermute(y: Tensor, place: Tensor, token: Tensor, top_k: int, weight: Tensor | None) -> Tensor:
-    return (_triton_combine if _launch.use_triton(y) else _torch_combine)(y, place, top_k, weight)
+    return _combine(y, place, top_k, weight)
 
 
 @_moe_permute.register_fake
@@ -446,11 +519,15 @@ def moe_unpermute(y: Tensor, plan: MoePlan, topk_weight: Tensor) -> Tensor:
     return _moe_unpermute(y, plan.place, plan.token, topk_weight.shape[1], topk_weight)
 
 
-def moe_experts(x: Tensor, topk_ids: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
+def moe_experts(
+    x: Tensor, topk_ids: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, fp8: bool = False
+) -> Tensor:
     """x [T, D], topk_ids [T, k] int64, topk_weight [T, k], w_gate_up [E, 2F, D], w_down [E, D, F] -> [T, D], x's dtype.
 
-    Differentiable in x, topk_weight and both weights. Under autocast the products run in autocast's dtype. Raises
-    TypeError for a dtype that is no float, ValueError when shapes disagree.
+    Differentiable in x, topk_weight and both weights, once. Under autocast the products run in autocast's dtype. With
+    `fp8` all products, forward and backward, are of e4m3 codes: tokens and their gradients in tiles of 1x128, weights
+    in blocks of 128x128, quantised once a call (DeepSeek-V3 report, section 3.3). Raises TypeError for a dtype that is
+    no float (with `fp8` for fp64 too), ValueError when shapes disagree.
     """
     check_float("x", x)
     check_shape("x", x, (None, None))
@@ -461,5 +538,7 @@ def moe_experts(x: Tensor, topk_ids: Tensor, topk_weight: Tensor, w_gate_up: Ten
     _check_ids(topk_ids, tokens)
     check_shape("topk_weight", topk_weight, tuple(topk_ids.shape))
     dtype = compute_dtype(x)
-    out, *_ = _moe_experts(x.to(dtype), topk_ids, topk_weight, w_gate_up.to(dtype), w_down.to(dtype))
+    if fp8 and dtype == torch.float64:
+        raise TypeError("x: got torch.float64, allowed with fp8 are torch.float32, torch.bfloat16, torch.float16")
+    out, *_ = _moe_experts(x.to(dtype), topk_ids, topk_weight, w_gate_up.to(dtype), w_down.to(dtype), fp8)
     return out.to(x.dtype)

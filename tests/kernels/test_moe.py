@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from minids_kernels import (
     _launch,
+    grouped_fp8_linear,
     grouped_gemm,
     moe_experts,
     moe_experts_reference,
@@ -24,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 from benchmarks.aot import record
-from tests.kernels.numerics import MODES, assert_near, check, error_bound, run
+from tests.kernels.numerics import MODES, assert_near, check, error_bound, poisoned_memory, run
 
 room = importlib.import_module("minids_kernels.moe")
 
@@ -134,7 +135,7 @@ def test_no_count_leaves_the_device(tokens: int) -> None:
         ids = torch.empty(tokens, 3, dtype=torch.int64)
 
         def both() -> None:
-            out, *kept = room._moe_experts._init_fn(x.detach(), ids, weight.detach(), wg.detach(), wd.detach())
+            out, *kept = room._moe_experts._init_fn(x.detach(), ids, weight.detach(), wg.detach(), wd.detach(), False)
             room._moe_experts_backward._init_fn(out, x.detach(), weight.detach(), wg.detach(), wd.detach(), *kept)
 
         names = [launch.kernel.__name__ for launch in record([("", both)], "sm_90")]
@@ -165,8 +166,63 @@ def test_operators_are_registered_well(device: torch.device) -> None:
     x, weight, wg, wd = (t.to(device) for t in inputs(40, 8, 6, 4, 2))
     ids = route(40, 4, 2).to(device)
     with_grad = [t.detach().requires_grad_() for t in (x, weight, wg, wd)]
-    opcheck(ops.moe_experts.default, (with_grad[0], ids, *with_grad[1:]))
-    _, *kept = ops.moe_experts(x, ids, weight, wg, wd)
+    opcheck(ops.moe_experts.default, (with_grad[0], ids, *with_grad[1:], False))
+    _, *kept = ops.moe_experts(x, ids, weight, wg, wd, False)
+    opcheck(ops.moe_experts_backward.default, (torch.randn_like(x), x, weight, wg, wd, *kept))
+
+
+E4M3_ROUNDING = 2**-4 / math.sqrt(3)  # of a number, in the root mean square
+
+
+@pytest.mark.parametrize(
+    "size", [(0, 8, 4, 4, 2), (23, 17, 33, 5, 2), (150, 136, 20, 2, 1), (40, 130, 140, 3, 3)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_fp8_is_near(
+    size: tuple[int, int, int, int, int], dtype: torch.dtype, backend: str, device: torch.device
+) -> None:
+    """Against fp64: eight roundings to e4m3, of independent error, lie between inputs and a gradient; through a SwiGLU
+    an error of gate and one of up count one and a half times at most."""
+    ids = route(size[0], size[3], size[4])
+    tensors = [t.to(dtype) for t in inputs(*size)]
+    dout = torch.randn(size[0], size[1]).to(dtype)
+    with poisoned_memory():
+        out, grads = run(
+            lambda x, weight, wg, wd: moe_experts(x, ids.to(x.device), weight, wg, wd, fp8=True),
+            [t.to(device) for t in tensors], dout.to(device),
+        )  # fmt: skip
+    want, wanted = run(lambda *t: exact(t[0], ids, *t[1:]), [t.double() for t in tensors], dout.double())
+    for got, expected in zip((out, *grads), (want, *wanted), strict=True):
+        assert got.dtype == dtype
+        assert_near(got.cpu(), expected, 1.5 * math.sqrt(8) * E4M3_ROUNDING)
+
+
+def test_fp8_is_a_composition_of_fp8_products(device: torch.device) -> None:
+    """Permute, grouped_fp8_linear, SwiGLU, grouped_fp8_linear, unpermute: the same products of the same codes; a code
+    may differ in its last place where a gradient's rounding does."""
+    tokens, width, inner, experts, top_k = 70, 40, 24, 3, 2
+    tensors = [t.to(device) for t in inputs(tokens, width, inner, experts, top_k)]
+    ids = route(tokens, experts, top_k).to(device)
+
+    def composed(x: Tensor, weight: Tensor, wg: Tensor, wd: Tensor) -> Tensor:
+        rows, plan = moe_permute(x, ids, experts)
+        gate, up = grouped_fp8_linear(rows, wg, plan.offsets).chunk(2, dim=-1)
+        scaled = F.silu(gate) * up * weight.flatten()[plan.place.argsort(), None]
+        return moe_unpermute(grouped_fp8_linear(scaled, wd, plan.offsets), plan, torch.ones_like(weight))
+
+    dout = torch.randn(tokens, width, device=device)
+    out, grads = run(lambda *t: moe_experts(t[0], ids, *t[1:], fp8=True), tensors, dout)
+    want, wanted = run(composed, tensors, dout)
+    for got, expected in zip((out, *grads), (want, *wanted), strict=True):
+        assert_near(got.cpu(), expected.cpu().double(), error_bound(torch.float32, 12, 4 * tokens) + 1e-3)
+
+
+def test_fp8_is_registered_well(device: torch.device) -> None:
+    x, weight, wg, wd = (t.to(device) for t in inputs(40, 8, 6, 4, 2))
+    ids = route(40, 4, 2).to(device)
+    with_grad = [t.detach().requires_grad_() for t in (x, weight, wg, wd)]
+    opcheck(ops.moe_experts.default, (with_grad[0], ids, *with_grad[1:], True))
+    _, *kept = ops.moe_experts(x, ids, weight, wg, wd, True)
     opcheck(ops.moe_experts_backward.default, (torch.randn_like(x), x, weight, wg, wd, *kept))
 
 
@@ -240,3 +296,11 @@ def test_bad_input_to_experts(change: dict[str, Tensor], error: type[Exception],
     )  # fmt: skip
     with pytest.raises(error, match=message):
         moe_experts(**{**good, **change})
+
+
+def test_fp8_has_no_fp64() -> None:
+    x = torch.zeros(3, 4, dtype=torch.float64)
+    with pytest.raises(TypeError, match=r"x: got torch.float64, allowed with fp8 are torch.float32"):
+        moe_experts(
+            x, torch.zeros(3, 1).long(), torch.zeros(3, 1), torch.zeros(2, 12, 4), torch.zeros(2, 4, 6), fp8=True
+        )

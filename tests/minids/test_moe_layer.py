@@ -133,8 +133,7 @@ def test_shared_experts_see_every_token() -> None:
 
 
 def test_training_goes_as_with_a_loop_over_experts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """50 steps of AdamW, the bias moved after each: losses with `moe_experts` are those of its reference to rounding,
-    a tenth of a step's progress at least below what any change of the routing or of a gradient would do."""
+    """50 steps of AdamW, the bias moved after each: losses are those with `moe_experts`'s reference."""
     config = model_config(64)
     batches = torch.randint(0, 64, (8, 4, 16), generator=torch.Generator().manual_seed(1))
 
@@ -158,5 +157,4 @@ def test_training_goes_as_with_a_loop_over_experts(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("minids.model.moe.moe_experts", moe_experts_reference)
     loop = losses()
     assert ours[-1] < ours[0] - 0.5
-    print(max(abs(a-b) for a,b in zip(ours,loop)), ours[0], ours[-1])
-    assert ours == pytest.approx(loop, abs=1e-3)
+    assert ours == pytest.approx(loop, abs=1e-5)  # of losses near 4: some 20 roundings of fp32
