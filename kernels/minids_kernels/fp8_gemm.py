@@ -283,23 +283,18 @@ def _triton_gemm(
 # --- PyTorch path -----------------------------------------------------------------------------------------------------
 
 
-def _values(codes: Tensor, scale: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+def _values(codes: Tensor, scale: Tensor, rows: int) -> Tensor:
     """As `_dequantize`, in one pass to convert and one to multiply."""
     groups = scale.shape[1]
-    values = codes.new_empty(codes.shape[0], groups * GROUP, dtype=dtype)
+    values = codes.new_empty(codes.shape[0], groups * GROUP, dtype=torch.float32)
     values[:, : codes.shape[1]] = codes
     values.view(-1, groups, GROUP).mul_(scale.repeat_interleave(rows, 0)[: codes.shape[0], :, None])
     return values[:, : codes.shape[1]]
 
 
-def _multiplies_bf16(x: Tensor) -> bool:
-    return x.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 def _torch_gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out_dtype: torch.dtype, rows: int) -> Tensor:
-    """One product of values, in bf16 where the result is rounded to it anyway and the processor has it."""
-    dtype = torch.bfloat16 if out_dtype == torch.bfloat16 and _multiplies_bf16(a) else torch.float32
-    return (_values(a, a_scale, 1, dtype) @ _values(b, b_scale, rows, dtype).T).to(out_dtype)
+    """One product of values in fp32: rounded to bf16 they would turn codes of the next product's input."""
+    return (_values(a, a_scale, 1) @ _values(b, b_scale, rows).T).to(out_dtype)
 
 
 # --- registration -----------------------------------------------------------------------------------------------------
@@ -331,7 +326,7 @@ def _fp8_gemm_wgrad_add(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, 
     if _launch.use_triton(a):
         _triton_gemm(a, a_scale, b, b_scale, out, blocks=False, add=True)
     else:
-        out.addmm_(_values(a, a_scale, 1, torch.float32), _values(b, b_scale, 1, torch.float32).T)
+        out.addmm_(_values(a, a_scale, 1), _values(b, b_scale, 1).T)
 
 
 @_fp8_gemm.register_fake

@@ -332,8 +332,8 @@ def _torch_wgrad(
     for expert, (first, count) in enumerate(_columns(offsets)):
         if count:
             columns, groups = slice(first, first + count), slice(first // GROUP, (first + count - 1) // GROUP + 1)
-            left = _values(a[:, columns], a_scale[:, groups], 1, torch.float32)
-            right = _values(b[:, columns], b_scale[:, groups], 1, torch.float32)
+            left = _values(a[:, columns], a_scale[:, groups], 1)
+            right = _values(b[:, columns], b_scale[:, groups], 1)
             out[expert] = torch.addmm(out[expert], left, right.T, beta=int(add))
         elif not add:
             out[expert].zero_()

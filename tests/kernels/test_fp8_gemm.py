@@ -119,13 +119,6 @@ def test_dtypes_of_the_result(dtype: torch.dtype, way: str, device: torch.device
     assert_near(got.cpu(), exact(*tensors, 128), bound(dtype, 200), way)
 
 
-def test_bf16_product_on_cpus_that_have_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both operands are rounded to bf16 there, and so is the result: three roundings."""
-    monkeypatch.setattr(importlib.import_module("minids_kernels.fp8_gemm"), "_multiplies_bf16", lambda x: True)
-    tensors = operands(20, 70, 300, 128)
-    assert_near(fp8_gemm(*tensors), exact(*tensors, 128), error_bound(torch.bfloat16, 3, 300))
-
-
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("rows", [128, 1], ids=["forward", "weight gradient"])
 def test_strides_do_not_matter(layout: Callable[[Tensor], Tensor], rows: int, way: str, device: torch.device) -> None:
