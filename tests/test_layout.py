@@ -43,7 +43,17 @@ TOP = {"cli", "quickstart", "doctor", "plan", "__main__", "__init__"}  # may imp
 # grouped_gemm: the products inside moe, and how grouped_fp8_gemm numbers tiles; rms_norm: what rms_norm_quant computes
 # before it quantises;
 # fp8_gemm: the three products of fp8_linear, one expert's in grouped_fp8_gemm
-ROOM_MAY_IMPORT = {"_ops", "_checks", "_launch", "fp8_gemm", "fp8_quant", "swiglu", "grouped_gemm", "rms_norm"}
+ROOM_MAY_IMPORT = {
+    "_ops",
+    "_checks",
+    "_launch",
+    "fp8_gemm",
+    "fp8_quant",
+    "grouped_fp8_gemm",
+    "grouped_gemm",
+    "rms_norm",
+    "swiglu",
+}
 NOT_ROOMS = {"__init__", "layers", "compat"}
 
 
