@@ -58,9 +58,17 @@ def _over_64_mb(shape: Shape) -> bool:
     return shape["M"] * shape["N"] * 2 >= 64e6
 
 
+def _few_heads(shape: Shape) -> bool:
+    return shape["B"] == 128 and shape["H"] * shape["S"] <= 64
+
+
+def _v3(shape: Shape) -> bool:
+    return (shape["Dqk"], shape["Dv"]) == (192, 128) and shape["documents"] == 1
+
+
 LARGE, SMALL = "M >= 4096", "M 16..128"
 
-GOALS = (
+GOALS = (  # 21 and up are of MLA, 18 and 19 of the CPU
     Goal(1, "fp8_gemm", "fwd", ("cublas",), 1.0, 1.1, where=_large, which=LARGE),
     Goal(1, "fp8_gemm", "fwd", (), 1250, 1450, of="tflops", where=_large, which=LARGE),
     Goal(2, "fp8_gemm", "fwd", ("deepgemm",), 0.9, 1.0, where=_large, which=LARGE),
@@ -100,6 +108,17 @@ GOALS = (
          which="M=4096 N=1024", device="cpu"),
     Goal(19, "cross_entropy", "fwd+bwd", ("eager",), 1.0, 1.0, where=lambda s: (s["M"], s["N"]) == (2048, 6400),
          which="M=2048 N=6400", device="cpu"),
+    Goal(21, "mla_decode", "fwd", ("flashmla", "fa3"), 0.9, 1.0, where=_few_heads, which="B=128, H S <= 64"),
+    Goal(22, "mla_decode", "fwd", ("flashmla",), 0.65, 0.85, where=lambda s: (s["B"], s["H"]) == (128, 128),
+         which="B=128, H=128"),
+    Goal(23, "mla_decode", "fwd", ("flashmla",), 0.85, 1.1, where=lambda s: s["B"] == 1 and s["T"] >= 32_768,
+         which="B=1, T >= 32768"),
+    Goal(25, "mla_decode", "fp8 fwd", ("without fp8",), 1.4, 1.7, where=lambda s: s["H"] <= 64, which="H <= 64"),
+    Goal(27, "mla_attention", "fwd", ("cudnn",), 0.8, 0.95, where=_v3, which="192/128, one document"),
+    Goal(30, "mla_attention", "fwd+bwd", ("flex",), 1.5, 2.0, where=lambda s: s["documents"] >= 16,
+         which="16 documents or more"),
+    Goal(32, "mla_attention", "fwd+bwd", ("efficient", "flex"), 2.0, 3.0, where=lambda s: s["Dqk"] == 48,
+         which="48/32"),
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from minids_kernels import _launch, mla_attention, mla_attention_reference
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from benchmarks.protocol import (
     OURS,
@@ -26,6 +29,7 @@ from benchmarks.protocol import (
 )
 
 DTYPE = torch.bfloat16
+CUDNN, EFFICIENT = SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
 KERNELS = ("mla_attention_fwd", "mla_attention_dq", "mla_attention_dkdv")
 
 
@@ -56,6 +60,37 @@ def each_document(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor
     return torch.cat([out.squeeze(0).transpose(0, 1) for out in outs])
 
 
+def batched(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, backends: list[SDPBackend]) -> Tensor:
+    """Equally long documents as a batch: what nobody's packed documents are, and the limit for those."""
+    rows = (x.unflatten(0, (cu_seqlens.shape[0] - 1, -1)).transpose(1, 2) for x in (q, k, v))
+    with sdpa_kernel(backends):
+        out = F.scaled_dot_product_attention(*rows, is_causal=True)
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def _bind_flex(mode: str) -> Callable[[Inputs], Run]:
+    """flex_attention under a mask of documents, which is made beforehand."""
+
+    def bind(inputs: Inputs) -> Run:
+        q, *_, cu_seqlens = inputs.args
+        tokens = q.shape[0]
+        document = torch.bucketize(torch.arange(tokens, device=q.device), cu_seqlens.long(), right=True)
+
+        def seen(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
+            return (document[row] == document[column]) & (row >= column)
+
+        mask = create_block_mask(seen, None, None, tokens, tokens, device=q.device.type)
+        attention = torch.compile(flex_attention)
+
+        def flex(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+            out: Tensor = attention(*(_heads_first(x) for x in (q, k, v)), block_mask=mask)
+            return out.squeeze(0).transpose(0, 1)
+
+        return calls(flex, mode)(inputs)
+
+    return bind
+
+
 def _case(
     tokens: int, documents: int, heads: int, width: int, value: int, dtype: torch.dtype, mode: str, device: torch.device
 ) -> Case:
@@ -81,6 +116,9 @@ def _case(
             OURS: Contestant(calls(mla_attention, mode), package="minids"),
             "eager": Contestant(calls(each_document, mode)),
             "dense mask": Contestant(calls(dense_mask, mode)),
+            "cudnn": Contestant(calls(functools.partial(batched, backends=[CUDNN]), mode), on=("cuda",)),
+            "efficient": Contestant(calls(functools.partial(batched, backends=[EFFICIENT]), mode), on=("cuda",)),
+            "flex": Contestant(_bind_flex(mode), on=("cuda",)),
         },
         tolerance=1e-2 if dtype == torch.bfloat16 else 1e-5,  # of the root mean square: roundings of the dtype
         bytes=(1 if mode == "fwd" else 3) * tokens * heads * 2 * (width + value) * dtype.itemsize,

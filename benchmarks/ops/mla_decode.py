@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from minids_kernels import _launch, mla_decode
+from minids_kernels import _launch, mla_decode, quantize_latent_cache
 from torch import Tensor
 
 from benchmarks.protocol import (
@@ -33,7 +34,7 @@ GPU_SHAPES = [
     (128, 1, 16, 4096, 512, 64), (128, 1, 128, 4096, 512, 64), (1, 1, 128, 32_768, 512, 64),
     (128, 2, 16, 4096, 512, 64), (32, 4, 64, 8192, 512, 64),
 ]  # fmt: skip
-CPU_SHAPES, SMALL_SHAPE = [(1, 1, 8, 2048, 64, 16), (8, 1, 8, 2048, 64, 16)], (2, 2, 4, 128, 32, 8)
+CPU_SHAPES, SMALL_SHAPE = [(1, 1, 8, 2048, 64, 16), (8, 1, 8, 2048, 64, 16)], (2, 2, 4, 128, 128, 8)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of the root mean square: roundings of the dtype
 
 
@@ -89,9 +90,30 @@ def _case(
     )
 
 
+def _fp8_case(case: Case) -> Case:
+    """The same requests on a cache of fp8 rows, with the cache in the case's dtype as a peer. A code errs by 2^-4 /
+    sqrt(3) of its number in the root mean square, and scores and values are sums of such."""
+    value, rest = case.shape["Dv"], case.shape["Dr"]
+
+    def bind(inputs: Inputs) -> Run:
+        q, cache, *others = inputs.args
+        rows = quantize_latent_cache(cache[..., :value], cache[..., value:])
+        q = q.to(DTYPE)
+        return lambda: mla_decode(q, rows, *others, v_dim=value, scale=(value + rest) ** -0.5)[0]
+
+    return dataclasses.replace(
+        case,
+        name="fp8 fwd",
+        contestants={OURS: Contestant(bind, package="minids"), "without fp8": case.contestants[OURS]},
+        tolerance=1e-1,
+        bytes=case.bytes * (value + value // 32 + 2 * rest) // ((value + rest) * case.dtype.itemsize),
+    )
+
+
 def cases(device: torch.device, quick: bool) -> list[Case]:
     shapes, dtype = sizes(device, quick, GPU_SHAPES, CPU_SHAPES, SMALL_SHAPE), precision(device)
-    return [_case(*shape, dtype, device) for shape in shapes]
+    found = [_case(*shape, dtype, device) for shape in shapes]
+    return found + [_fp8_case(case) for case in found if case.shape["Dv"] % 128 == 0]
 
 
 def tuning() -> dict[str, Tuning]:
