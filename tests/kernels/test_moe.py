@@ -162,12 +162,13 @@ def test_what_is_kept_for_the_backward(device: torch.device) -> None:
     assert extra == tokens * top_k * 2 * inner
 
 
-def test_operators_are_registered_well(device: torch.device) -> None:
+@pytest.mark.parametrize("fp8", [False, True])
+def test_operators_are_registered_well(fp8: bool, device: torch.device) -> None:
     x, weight, wg, wd = (t.to(device) for t in inputs(40, 8, 6, 4, 2))
     ids = route(40, 4, 2).to(device)
     with_grad = [t.detach().requires_grad_() for t in (x, weight, wg, wd)]
-    opcheck(ops.moe_experts.default, (with_grad[0], ids, *with_grad[1:], False))
-    _, *kept = ops.moe_experts(x, ids, weight, wg, wd, False)
+    opcheck(ops.moe_experts.default, (with_grad[0], ids, *with_grad[1:], fp8))
+    _, *kept = ops.moe_experts(x, ids, weight, wg, wd, fp8)
     opcheck(ops.moe_experts_backward.default, (torch.randn_like(x), x, weight, wg, wd, *kept))
 
 
@@ -215,15 +216,6 @@ def test_fp8_is_a_composition_of_fp8_products(device: torch.device) -> None:
     want, wanted = run(composed, tensors, dout)
     for got, expected in zip((out, *grads), (want, *wanted), strict=True):
         assert_near(got.cpu(), expected.cpu().double(), error_bound(torch.float32, 12, 4 * tokens) + 1e-3)
-
-
-def test_fp8_is_registered_well(device: torch.device) -> None:
-    x, weight, wg, wd = (t.to(device) for t in inputs(40, 8, 6, 4, 2))
-    ids = route(40, 4, 2).to(device)
-    with_grad = [t.detach().requires_grad_() for t in (x, weight, wg, wd)]
-    opcheck(ops.moe_experts.default, (with_grad[0], ids, *with_grad[1:], True))
-    _, *kept = ops.moe_experts(x, ids, weight, wg, wd, True)
-    opcheck(ops.moe_experts_backward.default, (torch.randn_like(x), x, weight, wg, wd, *kept))
 
 
 def test_tokens_do_not_meet(device: torch.device) -> None:
