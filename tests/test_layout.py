@@ -42,11 +42,12 @@ TOP = {"cli", "quickstart", "doctor", "plan", "__main__", "__init__"}  # may imp
 # fp8_quant: what fp8 rooms quantise with; swiglu: the activation inside moe, whose derivative must not exist twice;
 # grouped_gemm: the products inside moe, and how grouped_fp8_gemm numbers tiles; rms_norm: what rms_norm_quant computes
 # before it quantises;
-# fp8_gemm: the three products of fp8_linear, one expert's in grouped_fp8_gemm
+# fp8_gemm: the three products of fp8_linear, one expert's in grouped_fp8_gemm; _*_torch: a room's path
 ROOM_MAY_IMPORT = {
     "_ops",
     "_checks",
     "_launch",
+    "_mla_attention_torch",
     "fp8_gemm",
     "fp8_quant",
     "grouped_fp8_gemm",

@@ -151,8 +151,9 @@ def tuning() -> dict[str, Tuning]:
 
 
 def launches(arch: str, every: bool) -> list[tuple[str, Callable[[], Any]]]:
-    """(label, call) pairs for benchmarks.aot, in bf16: at DeepSeek-V3's widths, with `every` at all widths of the
-    tables, with keys that heads share, and with rows that see the whole document."""
+    """(label, call) pairs for benchmarks.aot, in bf16: at DeepSeek-V3's widths and its one rope key, with `every` at
+    all widths of the tables, with keys that heads share in whole and not at all, and with rows that see the whole
+    document."""
     sizes = {320}
     if every:
         for kernel in KERNELS:
@@ -160,20 +161,21 @@ def launches(arch: str, every: bool) -> list[tuple[str, Callable[[], Any]]]:
             sizes |= {shape["WIDTH"] for shape in entries if shape["BITS"] == 16}
     cu_seqlens = torch.tensor([0, 100, 256], dtype=torch.int32)
 
-    def both(width: int, value: int, key_heads: int, causal: bool) -> None:
-        q, k, v = (
+    def both(size: int, key_heads: int, rope_heads: int, causal: bool) -> None:
+        rope, value = size // 5, 2 * size // 5  # as V3 has them: 128 + 64 and 128
+        q, k, k_pe, v = (
             torch.empty(256, heads, last, dtype=DTYPE).requires_grad_()
-            for heads, last in ((16, width), (key_heads, width), (key_heads, value))
+            for heads, last in ((16, rope + value), (key_heads, value), (rope_heads, rope), (key_heads, value))
         )
-        mla_attention(q, k, v, cu_seqlens, causal).backward(torch.empty(256, 16, value, dtype=DTYPE))
+        mla_attention(q, (k, k_pe), v, cu_seqlens, causal).backward(torch.empty(256, 16, value, dtype=DTYPE))
 
-    cases = [(size, 16, True) for size in sorted(sizes, reverse=True)]
+    cases = [(size, 16, 1, True) for size in sorted(sizes, reverse=True)]
     if every:
-        cases += [(320, 1, True), (320, 16, False)]
+        cases += [(320, 16, 16, True), (320, 1, 1, True), (320, 16, 1, False)]
     return [
         (
-            f"{3 * size // 5}/{2 * size // 5}{', shared' * (heads == 1)}{', both ways' * (not causal)}",
-            lambda size=size, heads=heads, causal=causal: both(3 * size // 5, 2 * size // 5, heads, causal),  # type: ignore[misc]
+            f"{3 * case[0] // 5}/{2 * case[0] // 5}, {case[1]} + {case[2]} key heads{', both ways' * (not case[3])}",
+            functools.partial(both, *case),
         )
-        for size, heads, causal in cases
+        for case in cases
     ]

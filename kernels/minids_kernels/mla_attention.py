@@ -13,25 +13,20 @@ probabilities again from the log-sum-exp, once for dq and once for dk and dv: no
 order: a program takes several heads where all are shared, else each head writes its own part.
 Runs on every GPU Triton knows; Dqk up to 192 and Dv up to 128 there.
 
-On the PyTorch path documents are laid side by side in rectangles of similar length: a causal row never sees the padding
-behind it, so no mask over documents is needed; a rectangle of one document is no copy but a view. Within a rectangle,
-blocks of query rows meet all their keys in batched matrix products, small enough for their scores to stay in the
-caches. Scores are rounded to the compute dtype before an fp32 softmax, as in any unfused attention.
+The PyTorch path is a file of its own, _mla_attention_torch.py.
 Test: tests/kernels/test_mla_attention.py. Benchmark: benchmarks/ops/mla_attention.py.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from . import _launch
+from . import _launch, _mla_attention_torch
 from ._checks import check_float, check_shape, compute_dtype
 from ._launch import tl, triton
 from ._ops import add_op_namespace_prefix
@@ -39,9 +34,6 @@ from ._ops import add_op_namespace_prefix
 __all__ = ["mla_attention", "mla_attention_reference"]
 
 MAX_WIDTH, MAX_V_WIDTH = 192, 128  # on the Triton path
-QUERY_BLOCK = 128  # rows of scores in memory at once, a document and head
-SCORES = 1 << 18  # scores worked on at once where documents are short: what stays in a CPU's caches
-KEPT_ELEMENTS = 1 << 23  # probabilities kept for the backward at most; computed again where there are more
 
 
 def mla_attention_reference(
@@ -307,11 +299,6 @@ def _split(width: int) -> int:
     return half if half >= 16 and half + _padded(width - half) < 2 * half else width
 
 
-def _parts(x: Tensor) -> tuple[Tensor, Tensor]:
-    first = _split(x.shape[2])
-    return x[..., :first], x[..., first:]
-
-
 def _shape(q: Tensor, q_rest: Tensor, v: Tensor, causal: bool) -> dict[str, Any]:
     """Constexpr arguments that all kernels have."""
     width, rest, value = q.shape[2], q_rest.shape[2], v.shape[2]
@@ -330,285 +317,142 @@ def _tiles(tokens: int, documents: int, block: int) -> int:
     return tokens // block + documents
 
 
+def _apart(q: list[Tensor], k: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both parts of q and of k as the kernels see them: those given, else views."""
+    width = next((x[0].shape[2] for x in (q, k) if len(x) == 2), _split(q[0].shape[2]))
+    main, rest = _halves([_columns(part) for part in q], width)
+    return main, rest, *_halves([_columns(part) for part in k], width)
+
+
+def _halves(x: list[Tensor], width: int) -> tuple[Tensor, Tensor]:
+    return (x[0], x[1]) if len(x) == 2 else (x[0][..., :width], x[0][..., width:])
+
+
 def _triton_fwd(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, with_lse: bool, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    (tokens, heads, _), documents = q.shape, cu_seqlens.shape[0] - 1
-    out = q.new_empty(tokens, heads, v.shape[2])
-    lse = q.new_empty(heads, tokens, dtype=torch.float32)
-    (q, q_rest), (k, k_rest), v = _parts(_columns(q)), _parts(_columns(k)), _columns(v)
-    shape = _shape(q, q_rest, v, causal)
-    config = _config("mla_attention_fwd", q, shape)
+    q: list[Tensor], k: list[Tensor], v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, with_lse: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    (tokens, heads, _), documents = q[0].shape, cu_seqlens.shape[0] - 1
+    out = v.new_empty(tokens, heads, v.shape[2])
+    lse = v.new_empty(heads, tokens, dtype=torch.float32)
+    main, rest, k_main, k_rest = _apart(q, k)
+    v = _columns(v)
+    shape = _shape(main, rest, v, causal)
+    config = _config("mla_attention_fwd", v, shape)
     tiles = _tiles(tokens, documents, config["BLOCK_M"])
     _launch.launch(
         _mla_attention_fwd_kernel, (tiles * heads,),
-        q, q_rest, k, k_rest, v, out, lse, cu_seqlens, tokens, documents, tiles, scale * math.log2(math.e),
-        *_strides(q, q_rest, k, k_rest, v, out), **shape, **config,
+        main, rest, k_main, k_rest, v, out, lse, cu_seqlens, tokens, documents, tiles, scale * math.log2(math.e),
+        *_strides(main, rest, k_main, k_rest, v, out), **shape, **config,
     )  # fmt: skip
-    return out, lse, q.new_empty(0)
+    return out, lse, v.new_empty(0)
 
 
 def _triton_bwd(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: Tensor, cu_seqlens: Tensor,
-    causal: bool, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    (tokens, heads, _), documents = q.shape, cu_seqlens.shape[0] - 1
-    dq = q.new_empty(q.shape)
+    dout: Tensor, q: list[Tensor], k: list[Tensor], v: Tensor, out: Tensor, lse: Tensor, kept: Tensor,
+    cu_seqlens: Tensor, causal: bool, scale: float,
+) -> list[Tensor]:  # fmt: skip
+    (tokens, heads, _), documents = q[0].shape, cu_seqlens.shape[0] - 1
+    main, rest, k_main, k_rest = _apart(q, k)
+    width = main.shape[2]
+    dq = [part.new_empty(part.shape) for part in q]
     delta = torch.empty_like(lse)
     dout, v = _columns(dout), _columns(v)
-    (q, q_rest), (k, k_rest) = _parts(_columns(q)), _parts(_columns(k))
-    shape = _shape(q, q_rest, v, causal)
-    config = _config("mla_attention_dq", q, shape)
+    shape = _shape(main, rest, v, causal)
+    config = _config("mla_attention_dq", v, shape)
     tiles = _tiles(tokens, documents, config["BLOCK_M"])
     _launch.launch(
         _mla_attention_dq_kernel, (tiles * heads,),
-        dout, q, q_rest, k, k_rest, v, out, lse, delta, *_parts(dq), cu_seqlens, tokens, documents, tiles, scale,
-        *_strides(dout, q, q_rest, k, k_rest, v, out, *_parts(dq)), **shape, **config,
+        dout, main, rest, k_main, k_rest, v, out, lse, delta, *_halves(dq, width), cu_seqlens, tokens, documents, tiles,
+        scale, *_strides(dout, main, rest, k_main, k_rest, v, out, *_halves(dq, width)), **shape, **config,
     )  # fmt: skip
 
-    config = _config("mla_attention_dkdv", q, shape)
+    config = _config("mla_attention_dkdv", v, shape)
     tiles = _tiles(tokens, documents, config["BLOCK_N"])
-    all_shared = k.shape[1] == v.shape[1] == 1
-    heads_each = triton.cdiv(heads, triton.cdiv(4 * _launch.multiprocessors(q), max(1, tiles))) if all_shared else 1
+    all_shared = all(x.shape[1] == 1 for x in (*k, v))
+    heads_each = triton.cdiv(heads, triton.cdiv(4 * _launch.multiprocessors(v), max(1, tiles))) if all_shared else 1
     parts = triton.cdiv(heads, max(1, heads_each))
 
-    def buffer(x: Tensor, width: int) -> Tensor:
+    def buffer(x: Tensor) -> Tensor:
         shared = x.shape[1] < heads
-        return x.new_empty(tokens, parts, width, dtype=torch.float32 if shared and parts > 1 else x.dtype)
+        return x.new_empty(tokens, parts, x.shape[2], dtype=torch.float32 if shared and parts > 1 else x.dtype)
 
-    dk, dv = buffer(k, k.shape[2] + k_rest.shape[2]), buffer(v, v.shape[2])
+    dk, dv = [buffer(part) for part in k], buffer(v)
     _launch.launch(
         _mla_attention_dkdv_kernel, (tiles * parts,),
-        dout, q, q_rest, k, k_rest, v, lse, delta, *_parts(dk), dv, cu_seqlens, tokens, documents, tiles, heads,
-        heads_each, scale, *_strides(dout, q, q_rest, k, k_rest, v, *_parts(dk), dv), **shape, **config,
+        dout, main, rest, k_main, k_rest, v, lse, delta, *_halves(dk, width), dv, cu_seqlens, tokens, documents, tiles,
+        heads, heads_each, scale, *_strides(dout, main, rest, k_main, k_rest, v, *_halves(dk, width), dv), **shape,
+        **config,
     )  # fmt: skip
-    dk, dv = (d.sum(1, keepdim=True).to(x.dtype) if x.shape[1] < d.shape[1] else d for d, x in ((dk, k), (dv, v)))
-    return dq, dk, dv
-
-
-# --- PyTorch path -----------------------------------------------------------------------------------------------------
-
-
-class _Rectangle:
-    """`rows` documents of at most `length` tokens side by side. Equally long neighbours are tokens `first`.. of the
-    input. Otherwise `gather` [rows * length] holds token numbers (a document's last token repeated behind its end), and
-    `tokens` and `places` say which token each real place is."""
-
-    def __init__(self, documents: list[tuple[int, int]]) -> None:
-        self.rows, self.length, self.first = len(documents), max(e - s for s, e in documents), documents[0][0]
-        self.gather = self.tokens = self.places = None
-        starts = range(self.first, self.first + self.rows * self.length, self.length)
-        if documents == [(start, start + self.length) for start in starts]:
-            return
-        start = torch.tensor([d[0] for d in documents]).unsqueeze(1)
-        end = torch.tensor([d[1] for d in documents]).unsqueeze(1)
-        self.gather = torch.minimum(start + torch.arange(self.length), end - 1).flatten()
-        self.places = (start + torch.arange(self.length) < end).flatten().nonzero().squeeze(1)
-        self.tokens = self.gather[self.places]
-
-    def take(self, x: Tensor) -> Tensor:
-        """[T, H, D] -> [rows * H, length, D], a view if it can be."""
-        if self.gather is None:
-            x = x[self.first : self.first + self.rows * self.length]
-        else:
-            x = x.index_select(0, self.gather.to(x.device))
-        return x.unflatten(0, (self.rows, self.length)).transpose(1, 2).flatten(0, 1)
-
-    def put(self, out: Tensor, x: Tensor) -> None:
-        """Writes x [rows * H, length, D] to its tokens in out [T, H, D]."""
-        x = x.unflatten(0, (self.rows, -1)).transpose(1, 2)
-        if self.tokens is None or self.places is None:
-            out[self.first : self.first + self.rows * self.length].view(x.shape).copy_(x)
-        else:
-            real = x.reshape(-1, *out.shape[1:]).index_select(0, self.places.to(out.device))
-            out.index_copy_(0, self.tokens.to(out.device), real)
-
-    def take_gradient(self, x: Tensor) -> Tensor:
-        """As `take`, with zeros behind the documents' ends."""
-        if self.tokens is None or self.places is None:
-            return self.take(x)
-        padded = x.new_zeros(self.rows * self.length, *x.shape[1:])
-        padded.index_copy_(0, self.places.to(x.device), x.index_select(0, self.tokens.to(x.device)))
-        return padded.view(self.rows, self.length, *x.shape[1:]).transpose(1, 2).flatten(0, 1)
-
-
-@functools.lru_cache(maxsize=16)
-def _rectangles(bounds: tuple[int, ...], heads: int, causal: bool) -> list[_Rectangle]:
-    """Documents grouped so that padding adds at most a quarter to a causal document's length (none otherwise), and so
-    that a block of query rows has at most SCORES scores."""
-    groups: dict[int, list[tuple[int, int]]] = {}
-    for start, end in itertools.pairwise(bounds):
-        length = end - start
-        if length == 0:
-            continue
-        step = max(8, 1 << max(0, length.bit_length() - 3)) if causal else 1
-        groups.setdefault(-(-length // step) * step, []).append((start, end))
-    rectangles = []
-    for length, group in sorted(groups.items()):
-        size = max(1, SCORES // (max(1, heads) * min(length, QUERY_BLOCK) * length))
-        rectangles += [_Rectangle(group[i : i + size]) for i in range(0, len(group), size)]
-    return rectangles
-
-
-def _bounds(cu_seqlens: Tensor, tokens: int) -> tuple[int, ...]:
-    bounds = tuple(cu_seqlens.tolist())
-    if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in itertools.pairwise(bounds)):
-        raise ValueError(f"cu_seqlens: got {list(bounds[:4])}...{list(bounds[-2:])}, allowed is 0, rising, to {tokens}")
-    return bounds
-
-
-def _blocks(rectangle: _Rectangle, causal: bool) -> Iterator[tuple[slice, slice]]:
-    """Query rows taken at once, and the keys they may see."""
-    for first in range(0, rectangle.length, QUERY_BLOCK):
-        last = min(first + QUERY_BLOCK, rectangle.length)
-        yield slice(first, last), slice(0, last if causal else rectangle.length)
-
-
-def _kept_size(rectangles: list[_Rectangle], heads: int, causal: bool) -> int:
-    """Number of probabilities that are kept: all or none."""
-    blocks = [(r.rows * heads, rows, seen) for r in rectangles for rows, seen in _blocks(r, causal)]
-    size = sum(batch * (rows.stop - rows.start) * seen.stop for batch, rows, seen in blocks)
-    return size if size <= KEPT_ELEMENTS else 0
-
-
-def _places(kept: Tensor) -> Callable[[int, slice, slice], Tensor | None]:
-    """Gives blocks their probabilities' places [B, M, N] in `kept`, one after the other; None if there are none."""
-    rest = kept
-
-    def place(batch: int, rows: slice, seen: slice) -> Tensor | None:
-        nonlocal rest
-        if kept.numel() == 0:
-            return None
-        shape = batch, rows.stop - rows.start, seen.stop
-        found, rest = rest[: math.prod(shape)].view(shape), rest[math.prod(shape) :]
-        return found
-
-    return place
-
-
-def _scores(q: Tensor, k: Tensor, rows: slice, causal: bool, out: Tensor | None = None) -> Tensor:
-    """Scaled query block q [B, M, D], `rows` of the documents, against keys k [B, N, D] -> [B, M, N],
-    in `out` if given."""
-    scores = torch.bmm(q, k.transpose(1, 2), out=out)
-    if causal:  # keys before the block are seen by all its rows
-        scores[:, :, rows.start :] += q.new_full((q.shape[1], q.shape[1]), -math.inf).triu_(1)
-    return scores
-
-
-def _torch_fwd(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, with_lse: bool, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    tokens, heads, _ = q.shape
-    q, k, v = q * scale, k.expand(-1, heads, -1), v.expand(-1, heads, -1)
-    rectangles = _rectangles(_bounds(cu_seqlens, tokens), heads, causal)
-    out = q.new_empty(tokens, heads, v.shape[-1])
-    lse = q.new_empty(tokens if with_lse else 0, heads, 1, dtype=_statistic(q))
-    kept = q.new_empty(_kept_size(rectangles, heads, causal) if keep else 0)
-    places = _places(kept)
-    for rectangle in rectangles:
-        qr, kr, vr = (rectangle.take(x) for x in (q, k, v))
-        result = vr.new_empty(vr.shape)
-        sums = lse.new_empty(*vr.shape[:2], 1) if with_lse else None
-        for rows, seen in _blocks(rectangle, causal):
-            scores = _scores(qr[:, rows], kr[:, seen], rows, causal, places(qr.shape[0], rows, seen))
-            if sums is not None:
-                sums[:, rows, 0] = scores.to(lse.dtype).logsumexp(-1)
-            result[:, rows] = torch.bmm(torch.softmax(scores, -1, out=scores), vr[:, seen])
-        rectangle.put(out, result)
-        if sums is not None:
-            rectangle.put(lse, sums)
-    return out, lse.squeeze(2).t().contiguous(), kept
-
-
-def _torch_bwd(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: Tensor, cu_seqlens: Tensor,
-    causal: bool, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    tokens, heads, _ = q.shape
-    dq = q.new_empty(q.shape)
-    dk, dv = (x.new_empty(tokens, heads, x.shape[-1]) for x in (k, v))
-    q, k_heads, v_heads = q * scale, k.expand(-1, heads, -1), v.expand(-1, heads, -1)
-    places = _places(kept)
-    for rectangle in _rectangles(_bounds(cu_seqlens, tokens), heads, causal):
-        qr, kr, vr = (rectangle.take(x) for x in (q, k_heads, v_heads))
-        dor = rectangle.take_gradient(dout)
-        dqr, dkr, dvr = qr.new_empty(qr.shape), kr.new_zeros(kr.shape), vr.new_zeros(vr.shape)
-        for rows, seen in _blocks(rectangle, causal):
-            p = places(qr.shape[0], rows, seen)
-            if p is None:
-                p = _scores(qr[:, rows], kr[:, seen], rows, causal)
-                torch.softmax(p, -1, out=p)
-            dp = torch.bmm(dor[:, rows], vr[:, seen].transpose(1, 2))
-            ds = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
-            dqr[:, rows] = torch.bmm(ds, kr[:, seen])
-            # not baddbmm_: into a slice that multiplies one batch entry after the other
-            dkr[:, seen] += torch.bmm(ds.transpose(1, 2), qr[:, rows])
-            dvr[:, seen] += torch.bmm(p.transpose(1, 2), dor[:, rows])
-        rectangle.put(dq, dqr.mul_(scale))
-        rectangle.put(dk, dkr)
-        rectangle.put(dv, dvr)
-    dk, dv = (d.sum(1, keepdim=True) if x.shape[1] < heads else d for d, x in ((dk, k), (dv, v)))
-    return dq, dk, dv
+    summed = (
+        d.sum(1, keepdim=True).to(x.dtype) if x.shape[1] < d.shape[1] else d
+        for d, x in zip((*dk, dv), (*k, v), strict=True)
+    )
+    return [*dq, *summed]
 
 
 # --- registration -----------------------------------------------------------------------------------------------------
+# q, k: whole rows, or with q_pe, k_pe their nope columns. (Lists of tensors would cost 60 us a call.)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("mla_attention"), mutates_args=())
 def _mla_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, with_lse: bool, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, q_pe: Tensor | None, k: Tensor, k_pe: Tensor | None, v: Tensor, cu_seqlens: Tensor, causal: bool,
+    scale: float, with_lse: bool, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> out [T, H, Dv], lse [H, T] ([H, 0] on the PyTorch path unless `with_lse`), and probabilities that the PyTorch
     path's backward uses again, if `keep`."""
-    forward = _triton_fwd if _launch.use_triton(q) else _torch_fwd
-    return forward(q, k, v, cu_seqlens, causal, scale, with_lse, keep)
+    forward = _triton_fwd if _launch.use_triton(v) else _mla_attention_torch.forward
+    return forward(_given(q, q_pe), _given(k, k_pe), v, cu_seqlens, causal, scale, with_lse, keep)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("mla_attention_backward"), mutates_args=())
 def _mla_attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: Tensor, cu_seqlens: Tensor,
-    causal: bool, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dout [T, H, Dv] and what the forward took and gave -> dq, dk, dv in their tensors' shapes and dtypes."""
-    backward = _triton_bwd if _launch.use_triton(q) else _torch_bwd
-    return backward(dout, q, k, v, out, lse, kept, cu_seqlens, causal, scale)
+    dout: Tensor, q: Tensor, q_pe: Tensor | None, k: Tensor, k_pe: Tensor | None, v: Tensor, out: Tensor, lse: Tensor,
+    kept: Tensor, cu_seqlens: Tensor, causal: bool, scale: float,
+) -> list[Tensor]:  # fmt: skip
+    """dout [T, H, Dv] and what the forward took and gave -> the gradients of those of q, q_pe, k, k_pe, v there are."""
+    backward = _triton_bwd if _launch.use_triton(v) else _mla_attention_torch.backward
+    return backward(dout, _given(q, q_pe), _given(k, k_pe), v, out, lse, kept, cu_seqlens, causal, scale)
 
 
-def _statistic(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+def _given(*tensors: Tensor | None) -> list[Tensor]:
+    return [x for x in tensors if x is not None]
 
 
 @_mla_attention.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, with_lse: bool, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    (tokens, heads, _), on_gpu = q.shape, _launch.use_triton(q)
-    lse = q.new_empty(heads, tokens if with_lse or on_gpu else 0, dtype=_statistic(q))
+    q: Tensor, q_pe: Tensor | None, k: Tensor, k_pe: Tensor | None, v: Tensor, cu_seqlens: Tensor, causal: bool,
+    scale: float, with_lse: bool, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    (tokens, heads, _), on_gpu = q.shape, _launch.use_triton(v)
+    lse = v.new_empty(heads, tokens if with_lse or on_gpu else 0, dtype=_mla_attention_torch.statistic(v))
     kept = torch.library.get_ctx().new_dynamic_size() if keep and not on_gpu else 0
-    return q.new_empty(tokens, heads, v.shape[2]), lse, q.new_empty(kept)
+    return v.new_empty(tokens, heads, v.shape[2]), lse, v.new_empty(kept)
 
 
 @_mla_attention_backward.register_fake
 def _(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: Tensor, cu_seqlens: Tensor,
-    causal: bool, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    dout: Tensor, q: Tensor, q_pe: Tensor | None, k: Tensor, k_pe: Tensor | None, v: Tensor, out: Tensor, lse: Tensor,
+    kept: Tensor, cu_seqlens: Tensor, causal: bool, scale: float,
+) -> list[Tensor]:  # fmt: skip
+    return [x.new_empty(x.shape) for x in _given(q, q_pe, k, k_pe, v)]
 
 
 def _setup(ctx, inputs, output) -> None:
-    q, k, v, cu_seqlens, ctx.causal, ctx.scale, *_ = inputs
+    *rows, cu_seqlens, ctx.causal, ctx.scale, _, _ = inputs
     out, lse, kept = output
     ctx.mark_non_differentiable(lse, kept)
     ctx.set_materialize_grads(False)  # else zeros of kept's size would come back for it
-    ctx.save_for_backward(q, k, v, out, lse, kept, cu_seqlens)
+    ctx.save_for_backward(*rows, out, lse, kept, cu_seqlens)
 
 
 def _backward(ctx, dout, dlse, dkept):
     if dout is None:  # nothing came back
-        return (None,) * 8
-    grads = _mla_attention_backward(dout, *ctx.saved_tensors, ctx.causal, ctx.scale)
-    return *grads, None, None, None, None, None
+        return (None,) * 10
+    *rows, out, lse, kept, cu_seqlens = ctx.saved_tensors
+    grads = iter(_mla_attention_backward(dout, *rows, out, lse, kept, cu_seqlens, ctx.causal, ctx.scale))
+    return *(None if x is None else next(grads) for x in rows), *[None] * 5
 
 
 _mla_attention.register_autograd(_backward, setup_context=_setup)
@@ -617,23 +461,29 @@ _mla_attention.register_autograd(_backward, setup_context=_setup)
 # --- public op --------------------------------------------------------------------------------------------------------
 
 
+Rows = Tensor | tuple[Tensor, Tensor]  # whole, or their nope and rope columns apart
+
+
 @overload
 def mla_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool = True, scale: float | None = None,
+    q: Rows, k: Rows, v: Tensor, cu_seqlens: Tensor, causal: bool = True, scale: float | None = None,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def mla_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool = True, scale: float | None = None, *,
+    q: Rows, k: Rows, v: Tensor, cu_seqlens: Tensor, causal: bool = True, scale: float | None = None, *,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def mla_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool = True, scale: float | None = None,
+    q: Rows, k: Rows, v: Tensor, cu_seqlens: Tensor, causal: bool = True, scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """q [T, H, Dqk], k [T, Hk, Dqk], v [T, Hk, Dv] (Hk = H or 1, k's and v's alike or not), cu_seqlens int32
-    [documents + 1] from 0 in rising order to T -> [T, H, Dv] in q's dtype (autocast's under autocast); with
+    [documents + 1] from 0 in rising order to T -> [T, H, Dv] in v's dtype (autocast's under autocast); with
     `return_lse` also the scores' log-sum-exp [T, H] in fp32 (fp64 for fp64).
+
+    q, k or both may come apart as (nope [T, H, Dn], rope [T, H, Dr]), Dn + Dr = Dqk, each part of k with H heads or 1:
+    MLA's rope key is never copied to the heads.
 
     Row t attends to the rows of its own document, up to itself when `causal`. `scale` defaults to 1 / sqrt(Dqk).
     Differentiable in q, k and v; nothing flows back through the log-sum-exp. Raises TypeError for dtypes that are no
@@ -641,28 +491,54 @@ def mla_attention(
     Values in cu_seqlens that do not run from 0 to T raise ValueError on the PyTorch path; kernels trust them, since
     looking would wait for the GPU.
     """
-    check_float("q", q)
-    check_shape("q", q, (None, None, None))
+    queries, keys = ([x] if isinstance(x, Tensor) else list(x) for x in (q, k))
+    tokens, heads, width = _check_rows(queries, keys, v)
     check_shape("cu_seqlens", cu_seqlens, (None,))
-    tokens, heads, width = q.shape
-    for name, x, last in (("k", k, width), ("v", v, None)):
-        check_float(name, x)
-        check_shape(name, x, (tokens, None, last))
-        if x.shape[1] not in (1, heads):
-            raise ValueError(f"{name}: got {x.shape[1]} heads, allowed is 1 or q's {heads}")
     if cu_seqlens.shape[0] == 0:
         raise ValueError(f"cu_seqlens: got nothing, allowed is 0, rising, to {tokens}")
     scale = width**-0.5 if scale is None else scale
     if not scale > 0:
         raise ValueError(f"scale: got {scale}, allowed is above 0")
-    dtype = compute_dtype(q)
-    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    if _launch.use_triton(q):
+    dtype = compute_dtype(v)
+    queries, keys, v = [x.to(dtype) for x in queries], [x.to(dtype) for x in keys], v.to(dtype)
+    if _launch.use_triton(v):
         if width > MAX_WIDTH:
             raise ValueError(f"q: got {width} columns, allowed are up to {MAX_WIDTH}")
         if v.shape[2] > MAX_V_WIDTH:
             raise ValueError(f"v: got {v.shape[2]} columns, allowed are up to {MAX_V_WIDTH}")
-        cu_seqlens = cu_seqlens.to(q.device, torch.int32)
-    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    out, lse, _ = _mla_attention(q, k, v, cu_seqlens, causal, scale, return_lse, keep)
+        if sum(_padded(x.shape[2]) for x in max(queries, keys, key=len)) > MAX_WIDTH:  # too wide when apart
+            queries, keys = ([torch.cat([x.expand(-1, heads, -1) for x in parts], -1)] for parts in (queries, keys))
+        cu_seqlens = cu_seqlens.to(v.device, torch.int32)
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (*queries, *keys, v))
+    rows = (x for parts in (queries, keys) for x in (*parts, None)[:2])
+    out, lse, _ = _mla_attention(*rows, v, cu_seqlens, causal, scale, return_lse, keep)
     return (out, lse.t()) if return_lse else out
+
+
+def _check_rows(q: list[Tensor], k: list[Tensor], v: Tensor) -> tuple[int, int, int]:
+    """-> tokens, heads, columns of a row."""
+    expected: list[int | None] = [None, None]
+    for name, part in _named("q", q):
+        check_float(name, part)
+        check_shape(name, part, (*expected, None))
+        expected = [*part.shape[:2]]
+    (tokens, heads), widths = q[0].shape[:2], [part.shape[2] for part in q]
+    columns: list[int | None] = [None, None]
+    if len(k) == 1:
+        columns = [sum(widths)]
+    elif len(q) == 2:
+        columns = [*widths]
+    for (name, part), width in zip([*_named("k", k), ("v", v)], [*columns, None], strict=True):
+        check_float(name, part)
+        check_shape(name, part, (tokens, None, width))
+        if part.shape[1] not in (1, heads):
+            raise ValueError(f"{name}: got {part.shape[1]} heads, allowed is 1 or q's {heads}")
+    if sum(part.shape[2] for part in k) != sum(widths):
+        raise ValueError(f"k: got {' + '.join(str(part.shape[2]) for part in k)} columns, allowed are q's {widths[0]}")
+    return tokens, heads, sum(widths)
+
+
+def _named(name: str, x: list[Tensor]) -> list[tuple[str, Tensor]]:
+    if len(x) not in (1, 2):
+        raise ValueError(f"{name}: got {len(x)} tensors, allowed are one or two")
+    return [(name, x[0])] if len(x) == 1 else [(f"{name}[{i}]", part) for i, part in enumerate(x)]

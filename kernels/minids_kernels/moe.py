@@ -178,8 +178,11 @@ def _torch_activate_backward(dout: Tensor, gate_up: Tensor, weight: Tensor) -> t
     out = silu * up
     dweight = torch.linalg.vecdot(dout, out)
     dout.mul_(weight)
-    dgate = torch.ops.aten.silu_backward(dout * up, gate)
-    return out.mul_(weight), torch.cat((dgate, silu.mul_(dout)), dim=-1), dweight
+    dgate_up = torch.empty_like(gate_up)
+    dgate, dup = dgate_up.chunk(2, dim=-1)
+    torch.mul(silu, dout, out=dup)
+    torch.ops.aten.silu_backward.grad_input(dout.mul_(up), gate, grad_input=dgate)
+    return out.mul_(weight), dgate_up, dweight
 
 
 def _torch_combine(y: Tensor, place: Tensor, top_k: int, weight: Tensor | None) -> Tensor:
@@ -254,9 +257,9 @@ def _torch_bwd(
         torch.mm(dgate_up.T, mine, out=dw_gate_up[expert])
         torch.mm(dgate_up, w_gate_up[expert], out=dmine)
         dx.index_add_(0, plan.token[start:end], dmine[: end - start])
-    idle = plan.offsets.diff() == 0
-    for dw in (dw_gate_up, dw_down):
-        dw[idle] = 0.0
+    for idle in set(range(w_down.shape[0])).difference(expert for expert, *_ in segments):
+        dw_gate_up[idle].zero_()
+        dw_down[idle].zero_()
     return dx, dweight, dw_gate_up, dw_down
 
 

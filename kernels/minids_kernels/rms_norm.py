@@ -262,14 +262,13 @@ def torch_fwd(
 
 
 def _torch_bwd(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dsum: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rests on layer norm's fused kernel: its gradient at mean 0 is rstd * (g - mean(g) - xhat * mean(g * xhat));
-    RMSNorm's is the same without the mean(g) term, which is put back as one matrix-vector product."""
-    rstd = rstd.unsqueeze(-1)
+    """dx = rstd * (dy * w - x * rstd^2 * mean(dy * w * x)). Both sums over dy * x, the weights' over rows and the
+    mean over columns, are products of a matrix and a vector."""
     xs, dys, ws = x.to(rstd.dtype), dy.to(rstd.dtype), weight.to(rstd.dtype)
-    dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
-        dys, xs, [x.shape[-1]], torch.zeros_like(rstd), rstd, ws, None, [True, True, False]
-    )
-    dx.addcmul_((dys @ ws).unsqueeze(-1), rstd, value=1.0 / x.shape[-1])
+    products = dys * xs
+    dweight = rstd @ products
+    shift = (products @ ws).mul_(rstd).mul_(rstd).div_(-x.shape[-1])
+    dx = torch.mul(dys, ws, out=products).addcmul_(xs, shift.unsqueeze(-1)).mul_(rstd.unsqueeze(-1))
     if dsum is not None:
         dx += dsum
     return dx.to(x.dtype), dweight.to(weight.dtype)

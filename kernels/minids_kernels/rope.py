@@ -25,14 +25,18 @@ def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """A copy of x with its tail rotated: pairs are complex numbers, times e^(i angle), in fp32 or wider."""
-    out = x.clone(memory_format=torch.contiguous_format)
-    tail = out[..., out.shape[-1] - 2 * cos.shape[-1] :]
     wide = torch.promote_types(x.dtype, torch.float32)
-    own = tail.to(wide).unflatten(-1, (-1, 2)).clone(memory_format=torch.contiguous_format)  # at an even address
-    pairs = torch.view_as_complex(own)
+    passed, tail = x.split([x.shape[-1] - 2 * cos.shape[-1], 2 * cos.shape[-1]], dim=-1)
     angles = torch.complex(cos.to(wide), sin.to(wide)).unsqueeze(1)
-    tail.copy_(torch.view_as_real(pairs * angles).flatten(-2))
-    return out
+    rotated = torch.view_as_real(_pairs(tail.to(wide)) * angles).flatten(-2).to(x.dtype)
+    return torch.cat((passed, rotated), dim=-1) if passed.shape[-1] else rotated
+
+
+def _pairs(x: Tensor) -> Tensor:
+    """Neighbouring columns as complex numbers [T, H, R/2], which have to begin at even places of memory."""
+    if x.stride(-1) != 1 or x.storage_offset() % 2 or any(stride % 2 for stride in x.stride()[:-1]):
+        x = x.clone(memory_format=torch.contiguous_format)
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
 
 
 class _Rope(torch.autograd.Function):

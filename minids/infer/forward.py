@@ -8,7 +8,7 @@ W_UK and W_UV of kv_b_proj go into the query and the output, so that cached late
 from __future__ import annotations
 
 import torch
-from minids_kernels import mla_attention, mla_decode
+from minids_kernels import mla_decode
 from torch import Tensor
 
 from minids.errors import InputError
@@ -34,33 +34,19 @@ def blocks(model: DeepseekV3) -> list[Block]:
     return [b for b in model.model.layers[: model.config.num_hidden_layers] if isinstance(b, Block)]
 
 
-def _ordinary(attention: Attention, q: Tensor, latent: Tensor, key: Tensor, batch: int) -> Tensor:
-    """Attention among the tokens of `batch` equally long sequences, keys and values expanded from their latents.
-    q [B * S, H, N + R], latent [B * S, C], key [B * S, R] -> [B * S, H, V]."""
-    config = attention.config
-    k_nope, v = (
-        attention.kv_b_proj(latent)
-        .unflatten(-1, (config.num_attention_heads, -1))
-        .split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
-    )
-    k = torch.cat((k_nope, key.unsqueeze(1).expand(-1, config.num_attention_heads, -1)), dim=-1)
-    bounds = torch.arange(0, len(q) + 1, len(q) // batch, dtype=torch.int32)
-    return mla_attention(q, k, v, bounds, causal=True, scale=config.softmax_scale)
-
-
-def _absorbed(attention: Attention, q: Tensor, rows: Tensor, length: int) -> Tensor:
-    """q [B * S, H, N + R] of the last S of `length` tokens, whose latents are in rows [B, capacity, C + R] ->
-    [B * S, H, V]."""
+def _absorbed(attention: Attention, q: tuple[Tensor, Tensor], rows: Tensor, length: int) -> Tensor:
+    """q ([B * S, H, N], [B * S, H, R]) of the last S of `length` tokens, whose latents are in rows
+    [B, capacity, C + R] -> [B * S, H, V]."""
     config = attention.config
     batch = rows.shape[0]
     w_uk, w_uv = attention.kv_b_proj.weight.unflatten(0, (config.num_attention_heads, -1)).split(
         [config.qk_nope_head_dim, config.v_head_dim], dim=1
     )
-    nope, rotary = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
-    q = torch.cat((torch.einsum("thn,hnc->thc", nope, w_uk), rotary), dim=-1).unflatten(0, (batch, -1))
-    table = torch.arange(batch, device=q.device).unsqueeze(1)  # a sequence's rows are one page
-    lengths = torch.full((batch,), length, device=q.device)
-    latent, _ = mla_decode(q, rows, table, lengths, config.kv_lora_rank, config.softmax_scale)
+    nope, rotary = q
+    absorbed = torch.cat((torch.einsum("thn,hnc->thc", nope, w_uk), rotary), dim=-1).unflatten(0, (batch, -1))
+    table = torch.arange(batch, device=rows.device).unsqueeze(1)  # a sequence's rows are one page
+    lengths = torch.full((batch,), length, device=rows.device)
+    latent, _ = mla_decode(absorbed, rows, table, lengths, config.kv_lora_rank, config.softmax_scale)
     return torch.einsum("thc,hvc->thv", latent.flatten(0, 1), w_uv)
 
 
@@ -71,12 +57,13 @@ def _step(model: DeepseekV3, input_ids: Tensor, cache: LatentCache) -> Tensor:
     cache.reserve(new)
     positions = torch.arange(start, length, device=input_ids.device).repeat(batch)
     cos, sin = rope_angles(model.config, positions)
+    bounds = torch.arange(0, batch * new + 1, new, dtype=torch.int32)
     x = model.model.embed_tokens(input_ids.flatten())
     for layer, rows in zip(blocks(model), cache.rows, strict=True):
         attention = layer.self_attn
-        q, latent, key = attention.project(layer.input_layernorm(x), cos, sin)
-        rows[:, start:length] = torch.cat((latent, key), dim=-1).unflatten(0, (batch, new))
-        out = _absorbed(attention, q, rows, length) if start else _ordinary(attention, q, latent, key, batch)
+        q, latent, k_pe = attention.project(layer.input_layernorm(x), cos, sin)
+        rows[:, start:length] = torch.cat((latent, k_pe), dim=-1).unflatten(0, (batch, new))
+        out = _absorbed(attention, q, rows, length) if start else attention.attend(q, latent, k_pe, bounds)
         x = x + attention.o_proj(out.flatten(1))
         normed = layer.post_attention_layernorm(x)
         x = x + (layer.mlp(normed, batch)[0] if isinstance(layer.mlp, MoE) else layer.mlp(normed))

@@ -32,8 +32,8 @@ class Attention(nn.Module):
         )
         self.o_proj = nn.Linear(heads * config.v_head_dim, width, bias=False)
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [T, D] -> queries [T, H, N + R] with the last R rotated, and all that a cache holds of a token: the
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+        """x [T, D] -> queries [T, H, N] and their rotated part [T, H, R], and all that a cache holds of a token: the
         normalised latent [T, C] and the rotated key [T, R] that heads share."""
         config = self.config
         first = self.q_proj if config.q_lora_rank is None else self.q_a_proj
@@ -43,21 +43,22 @@ class Attention(nn.Module):
         )
         if config.q_lora_rank is not None:
             q = self.q_b_proj(self.q_a_layernorm(q))
-        q = rope(q.unflatten(-1, (-1, config.qk_head_dim)), cos, sin)
-        return q, self.kv_a_layernorm(latent), rope(rotary.unsqueeze(1), cos, sin).squeeze(1)
+        q_nope, q_pe = q.unflatten(-1, (-1, config.qk_head_dim)).split(
+            [config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1
+        )
+        k_pe = rope(rotary.unsqueeze(1), cos, sin).squeeze(1)
+        return (q_nope, rope(q_pe, cos, sin)), self.kv_a_layernorm(latent), k_pe
 
-    def attend(self, q: Tensor, latent: Tensor, rotary: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """What `project` gave, keys and values expanded from latents -> [T, D]; cu_seqlens int32 [documents + 1]."""
+    def attend(self, q: tuple[Tensor, Tensor], latent: Tensor, k_pe: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """What `project` gave, keys and values expanded from latents -> [T, H, V]; cu_seqlens int32 [documents + 1]."""
         config = self.config
         k_nope, v = (
             self.kv_b_proj(latent)
             .unflatten(-1, (config.num_attention_heads, -1))
             .split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
         )
-        k = torch.cat((k_nope, rotary.unsqueeze(1).expand(-1, config.num_attention_heads, -1)), dim=-1)
-        out = mla_attention(q, k, v, cu_seqlens, causal=True, scale=config.softmax_scale)
-        return self.o_proj(out.flatten(1))
+        return mla_attention(q, (k_nope, k_pe.unsqueeze(1)), v, cu_seqlens, scale=config.softmax_scale)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor) -> Tensor:
         """x [T, D], cos and sin [T, R/2], cu_seqlens int32 [documents + 1] -> [T, D]."""
-        return self.attend(*self.project(x, cos, sin), cu_seqlens)
+        return self.o_proj(self.attend(*self.project(x, cos, sin), cu_seqlens).flatten(1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 from typing import Any
 
@@ -11,14 +10,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minids_kernels import _launch, mla_attention, mla_attention_reference
+from minids_kernels import _launch, _mla_attention_torch, mla_attention, mla_attention_reference
 from minids_kernels._ops import ops
 from torch import Tensor
 from torch.library import opcheck
 
 from tests.kernels.numerics import MODES, assert_near, check, error_bound, poisoned_memory, run
 
-room = importlib.import_module("minids_kernels.mla_attention")
 HEADS, WIDTH, V_WIDTH = 3, 12, 7
 
 # fp64 roundings that an unfused attention has: scores of size up to 4, probabilities, products, and back
@@ -101,6 +99,40 @@ def test_widths(width: int, v_width: int, mode: str, device: torch.device) -> No
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(("apart_q", "apart_k"), [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize(
+    ("nope", "rope", "mode"), [(8, 4, "fp32"), (32, 16, "fp16"), (40, 24, "fp16"), (80, 80, "fp32")]
+)
+@pytest.mark.parametrize(("nope_heads", "rope_heads", "value_heads"), [(HEADS, 1, HEADS), (1, HEADS, 1), (1, 1, 1)])
+def test_parts_of_rows_apart(
+    apart_q: bool, apart_k: bool, nope: int, rope: int, mode: str, nope_heads: int, rope_heads: int, value_heads: int,
+    device: torch.device,
+) -> None:  # fmt: skip
+    """Against rows that are concatenated; each part's heads share on their own. 80 + 80 is wider than kernels hold in
+    two parts."""
+    cu_seqlens, tokens = cumulative([17, 0, 33]), 50
+    key_shapes = [(nope_heads, nope), (rope_heads, rope)] if apart_k else [(nope_heads, nope + rope)]
+    query_shapes = [(HEADS, nope), (HEADS, rope)] if apart_q else [(HEADS, nope + rope)]
+    tensors = [torch.randn(tokens, *shape) for shape in [*query_shapes, *key_shapes, (value_heads, V_WIDTH)]]
+
+    def rows(*tensors: Tensor) -> tuple[Any, Any, Tensor]:
+        *parts, v = tensors
+        q, k = tuple(parts[: len(query_shapes)]), tuple(parts[len(query_shapes) :])
+        return q if apart_q else q[0], k if apart_k else k[0], v
+
+    def whole(x: Any) -> Tensor:
+        return torch.cat([part.expand(-1, HEADS, -1) for part in x], -1) if isinstance(x, tuple) else x
+
+    def wanted(*tensors: Tensor) -> Tensor:
+        q, k, v = rows(*tensors)
+        return exact(whole(q), whole(k), v, cu_seqlens, True)
+
+    check(
+        lambda *tensors: mla_attention(*rows(*tensors), cu_seqlens), wanted, tensors, mode, roundings=ROUNDINGS,
+        length=33 + nope + rope, device=device,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("multiprocessors", [1, 2, 100])
 def test_shared_keys_for_any_number_of_parts(
     multiprocessors: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
@@ -174,15 +206,17 @@ def test_tokens_beyond_two_to_the_31(device: torch.device) -> None:
     assert torch.equal(mla_attention(q, far, v, cumulative(lengths)), one)
 
 
-def test_registration(device: torch.device) -> None:
+@pytest.mark.parametrize("apart", [True, False])
+def test_registration(apart: bool, device: torch.device) -> None:
     cu_seqlens = cumulative([5, 0, 1, 8]).to(device)
-    q, k, v = (x.to(device).requires_grad_() for x in inputs(14, 1))
+    q, k, v = (x.to(device) for x in inputs(14, 1))
+    rows = [q[..., :8], q[..., 8:], k[..., :8], k[..., 8:], v] if apart else [q, None, k, None, v]
     for with_lse, keep in ((False, False), (True, True)):
-        opcheck(ops.mla_attention.default, (q, k, v, cu_seqlens, True, 0.3, with_lse, keep))
-    q, k, v = (x.detach() for x in (q, k, v))
-    out, lse, kept = ops.mla_attention(q, k, v, cu_seqlens, True, 0.3, True, True)
+        leaves = [None if x is None else x.detach().requires_grad_() for x in rows]
+        opcheck(ops.mla_attention.default, (*leaves, cu_seqlens, True, 0.3, with_lse, keep))
+    out, lse, kept = ops.mla_attention(*rows, cu_seqlens, True, 0.3, True, True)
     dout = torch.randn(14, HEADS, V_WIDTH, device=device)
-    opcheck(ops.mla_attention_backward.default, (dout, q, k, v, out, lse, kept, cu_seqlens, True, 0.3))
+    opcheck(ops.mla_attention_backward.default, (dout, *rows, out, lse, kept, cu_seqlens, True, 0.3))
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -210,11 +244,11 @@ def test_any_documents(
     torch.manual_seed(seed)
     cu_seqlens = cumulative(lengths)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "QUERY_BLOCK", block)
-        patch.setattr(room, "SCORES", scores)
+        patch.setattr(_mla_attention_torch, "QUERY_BLOCK", block)
+        patch.setattr(_mla_attention_torch, "SCORES", scores)
         if not kept:
-            patch.setattr(room, "KEPT_ELEMENTS", 0)
-        room._rectangles.cache_clear()
+            patch.setattr(_mla_attention_torch, "KEPT_ELEMENTS", 0)
+        _mla_attention_torch._rectangles.cache_clear()
         check(
             lambda q, k, v: mla_attention(q, k, v, cu_seqlens, causal, scale),
             lambda q, k, v: exact(q, k, v, cu_seqlens, causal, scale),
@@ -287,6 +321,20 @@ def test_one_token_sees_itself(device: torch.device) -> None:
         ({"scale": 0.0}, ValueError, "scale: got 0.0, allowed is above 0"),
         ({"scale": float("nan")}, ValueError, "scale: got nan, allowed is above 0"),
         ({"cu_seqlens": torch.tensor([[0, 4]])}, ValueError, r"cu_seqlens: got shape \(1, 2\)"),
+        ({"q": (torch.zeros(4, 2, 6),) * 3}, ValueError, "q: got 3 tensors, allowed are one or two"),
+        ({"q": (torch.zeros(4, 2, 4), torch.zeros(4, 1, 2))}, ValueError, r"q\[1\]: got shape \(4, 1, 2\)"),
+        (
+            {"k": (torch.zeros(4, 2, 4), torch.zeros(4, 3, 2))},
+            ValueError,
+            r"k\[1\]: got 3 heads, allowed is 1 or q's 2",
+        ),
+        ({"k": (torch.zeros(4, 2, 4), torch.zeros(4, 1, 3))}, ValueError, r"k: got 4 \+ 3 columns, allowed are q's 6"),
+        ({"k": (torch.zeros(4, 2, 4), torch.zeros(4, 1, 2).int())}, TypeError, r"k\[1\]: got torch.int32"),
+        (
+            {name: (torch.zeros(4, 2, a), torch.zeros(4, 2, 6 - a)) for name, a in (("q", 4), ("k", 2))},
+            ValueError,
+            r"k\[0\]: got shape \(4, 2, 2\), allowed is \(4, any, 4\)",
+        ),
     ],
 )
 def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:

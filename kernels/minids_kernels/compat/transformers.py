@@ -81,8 +81,7 @@ def _expanded(self: Any, q: Tensor, latent: Tensor, rotary: Tensor, seen: Tensor
     k_nope, v = (
         self.kv_b_proj(latent).unflatten(-1, (q.shape[1], -1)).split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
     )
-    k = torch.cat((k_nope, rotary.unsqueeze(1).expand(-1, q.shape[1], -1)), dim=-1)
-    out = mla_attention(q, k, v, cu_seqlens, scale=self.scaling)
+    out = mla_attention(q, (k_nope, rotary.unsqueeze(1)), v, cu_seqlens, scale=self.scaling)
     if seen is not None:
         out = out.new_zeros(batch * tokens, *out.shape[1:]).index_copy(0, real, out)
     return out.unflatten(0, (batch, tokens))

@@ -1,0 +1,205 @@
+"""The PyTorch path of mla_attention: packed documents on the CPU, without a mask over documents.
+
+Documents are laid side by side in rectangles of similar length: a causal row never sees the padding behind it. Within a
+rectangle, blocks of query rows meet all their keys in batched matrix products, small enough for their scores to stay in
+the caches. Scores are rounded to the compute dtype before an fp32 softmax, as in any unfused attention.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+QUERY_BLOCK = 64  # rows of scores in memory at once, a document and head
+SCORES = 1 << 20  # scores worked on at once where documents are short: what stays in a CPU's caches
+KEPT_ELEMENTS = 1 << 23  # probabilities kept for the backward at most; computed again where there are more
+
+
+def statistic(x: Tensor) -> torch.dtype:
+    """The dtype of sums over x."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+class _Rectangle:
+    """`rows` documents of at most `length` tokens side by side. Equally long neighbours are tokens `first`.. of the
+    input. Otherwise `gather` [rows * length] holds token numbers (a document's last token repeated behind its end), and
+    `tokens` and `places` say which token each real place is. `blocks`: query rows taken at once, and how many keys they
+    may see."""
+
+    def __init__(self, documents: list[tuple[int, int]], causal: bool) -> None:
+        self.rows, self.length, self.first = len(documents), max(e - s for s, e in documents), documents[0][0]
+        ends = (min(start + QUERY_BLOCK, self.length) for start in range(0, self.length, QUERY_BLOCK))
+        self.blocks = [
+            (slice(i * QUERY_BLOCK, end), slice(0, end if causal else self.length)) for i, end in enumerate(ends)
+        ]
+        self.gather = self.tokens = self.places = None
+        starts = range(self.first, self.first + self.rows * self.length, self.length)
+        if documents == [(start, start + self.length) for start in starts]:
+            return
+        start = torch.tensor([d[0] for d in documents]).unsqueeze(1)
+        end = torch.tensor([d[1] for d in documents]).unsqueeze(1)
+        self.gather = torch.minimum(start + torch.arange(self.length), end - 1).flatten()
+        self.places = (start + torch.arange(self.length) < end).flatten().nonzero().squeeze(1)
+        self.tokens = self.gather[self.places]
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        """[T, H, D] -> [rows, H, length, D], a view if it can be."""
+        if self.gather is None:
+            x = x[self.first : self.first + self.rows * self.length]
+        else:
+            x = x.index_select(0, self.gather.to(x.device))
+        return x.unflatten(0, (self.rows, self.length)).transpose(1, 2)
+
+    def take(self, parts: list[Tensor], heads: int) -> Tensor:
+        """[T, H or 1, D], or two parts of its columns -> [rows * H, length, D], a view if it can be."""
+        laid_out = [self._laid_out(part.expand(-1, heads, -1)) for part in parts]
+        return (laid_out[0] if len(parts) == 1 else torch.cat(laid_out, -1)).flatten(0, 1)
+
+    def put(self, parts: list[Tensor], x: Tensor) -> None:
+        """Writes x [rows * H, length, D] to its tokens in what `take` had: a part of one head is the heads' sum."""
+        x = x.unflatten(0, (self.rows, -1))
+        for part, values in zip(parts, x.split([part.shape[-1] for part in parts], -1), strict=True):
+            if part.shape[1] < x.shape[1]:
+                values = values.sum(1, keepdim=True)
+            values = values.transpose(1, 2)
+            if self.tokens is None or self.places is None:
+                part[self.first : self.first + self.rows * self.length].view(values.shape).copy_(values)
+            else:
+                real = values.flatten(0, 1).index_select(0, self.places.to(part.device))
+                part.index_copy_(0, self.tokens.to(part.device), real)
+
+    def take_gradient(self, x: Tensor) -> Tensor:
+        """As `take`, with zeros behind the documents' ends."""
+        if self.tokens is None or self.places is None:
+            return self.take([x], x.shape[1])
+        padded = x.new_zeros(self.rows * self.length, *x.shape[1:])
+        padded.index_copy_(0, self.places.to(x.device), x.index_select(0, self.tokens.to(x.device)))
+        return padded.view(self.rows, self.length, *x.shape[1:]).transpose(1, 2).flatten(0, 1)
+
+
+@functools.lru_cache(maxsize=16)
+def _rectangles(bounds: tuple[int, ...], heads: int, causal: bool) -> list[_Rectangle]:
+    """Documents grouped so that padding adds at most a quarter to a causal document's length (none otherwise), and so
+    that a block of query rows has at most SCORES scores."""
+    groups: dict[int, list[tuple[int, int]]] = {}
+    for start, end in itertools.pairwise(bounds):
+        length = end - start
+        if length == 0:
+            continue
+        step = max(8, 1 << max(0, length.bit_length() - 3)) if causal else 1
+        groups.setdefault(-(-length // step) * step, []).append((start, end))
+    rectangles = []
+    for length, group in sorted(groups.items()):
+        size = max(1, SCORES // (max(1, heads) * min(length, QUERY_BLOCK) * length))
+        rectangles += [_Rectangle(group[i : i + size], causal) for i in range(0, len(group), size)]
+    return rectangles
+
+
+def _bounds(cu_seqlens: Tensor, tokens: int) -> tuple[int, ...]:
+    bounds = tuple(cu_seqlens.tolist())
+    if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in itertools.pairwise(bounds)):
+        raise ValueError(f"cu_seqlens: got {list(bounds[:4])}...{list(bounds[-2:])}, allowed is 0, rising, to {tokens}")
+    return bounds
+
+
+def _shapes(rectangle: _Rectangle, heads: int) -> list[tuple[int, int, int]]:
+    """[B, M, N] of each block's probabilities."""
+    return [(rectangle.rows * heads, rows.stop - rows.start, seen.stop) for rows, seen in rectangle.blocks]
+
+
+def _kept_size(rectangles: list[_Rectangle], heads: int) -> int:
+    """Number of probabilities that are kept: all or none."""
+    size = sum(math.prod(shape) for rectangle in rectangles for shape in _shapes(rectangle, heads))
+    return size if size <= KEPT_ELEMENTS else 0
+
+
+def _places(kept: Tensor, rectangles: list[_Rectangle], heads: int) -> Iterator[list[Tensor | None]]:
+    """For each rectangle the places of its blocks' probabilities in `kept`, None where there are none."""
+    first = 0
+    for rectangle in rectangles:
+        places: list[Tensor | None] = []
+        for shape in _shapes(rectangle, heads):
+            places.append(kept[first : first + math.prod(shape)].view(shape) if kept.numel() else None)
+            first += math.prod(shape)
+        yield places
+
+
+def _product(a: Tensor, b: Tensor, alpha: float = 1.0, out: Tensor | None = None) -> Tensor:
+    """alpha a b of batches, in `out` if given."""
+    return torch.baddbmm(a.new_empty(()) if out is None else out, a, b, beta=0, alpha=alpha, out=out)
+
+
+def _scores(q: Tensor, k: Tensor, hidden: Tensor, scale: float, out: Tensor | None) -> Tensor:
+    """Query block q [B, M, D] against the keys k [B, N, D] that it may see -> [B, M, N]; `hidden` [M, M] is added for
+    the last ones, and is [0, 0] where nothing is causal."""
+    scores = _product(q, k.transpose(1, 2), scale, out)
+    if hidden.numel():
+        scores[:, :, -hidden.shape[0] :] += hidden
+    return scores
+
+
+def _hidden(x: Tensor, causal: bool) -> Tensor:
+    """What is added to the scores of a block's rows and its own keys: -inf for those that follow."""
+    return x.new_full((QUERY_BLOCK, QUERY_BLOCK) if causal else (0, 0), -math.inf).triu_(1)
+
+
+def forward(
+    q: list[Tensor], k: list[Tensor], v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, with_lse: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    tokens, heads, _ = q[0].shape
+    rectangles = _rectangles(_bounds(cu_seqlens, tokens), heads, causal)
+    out, hidden = v.new_empty(tokens, heads, v.shape[-1]), _hidden(v, causal)
+    lse = v.new_empty(tokens if with_lse else 0, heads, 1, dtype=statistic(v))
+    kept = v.new_empty(_kept_size(rectangles, heads) if keep else 0)
+    for rectangle, places in zip(rectangles, _places(kept, rectangles, heads), strict=True):
+        qr, kr, vr = (rectangle.take(x, heads) for x in (q, k, [v]))
+        result = vr.new_empty(vr.shape)
+        sums = lse.new_empty(*vr.shape[:2], 1) if with_lse else None
+        for (rows, seen), place in zip(rectangle.blocks, places, strict=True):
+            ahead = hidden[: rows.stop - rows.start, : rows.stop - rows.start]
+            scores = _scores(qr[:, rows], kr[:, seen], ahead, scale, place)
+            if sums is not None:
+                sums[:, rows, 0] = scores.to(lse.dtype).logsumexp(-1)
+            result[:, rows] = torch.bmm(torch.softmax(scores, -1, out=scores), vr[:, seen])
+        rectangle.put([out], result)
+        if sums is not None:
+            rectangle.put([lse], sums)
+    return out, lse.squeeze(2).t().contiguous(), kept
+
+
+def backward(
+    dout: Tensor, q: list[Tensor], k: list[Tensor], v: Tensor, out: Tensor, lse: Tensor, kept: Tensor,
+    cu_seqlens: Tensor, causal: bool, scale: float,
+) -> list[Tensor]:  # fmt: skip
+    tokens, heads, _ = q[0].shape
+    dq, dk, dv = ([part.new_empty(part.shape) for part in x] for x in (q, k, [v]))
+    rectangles, hidden = _rectangles(_bounds(cu_seqlens, tokens), heads, causal), _hidden(v, causal)
+    for rectangle, places in zip(rectangles, _places(kept, rectangles, heads), strict=True):
+        qr, kr, vr = (rectangle.take(x, heads) for x in (q, k, [v]))
+        dor = rectangle.take_gradient(dout)
+        dqr, dkr, dvr = qr.new_empty(qr.shape), None, None
+        for (rows, seen), p in zip(reversed(rectangle.blocks), reversed(places), strict=True):
+            if p is None:
+                ahead = hidden[: rows.stop - rows.start, : rows.stop - rows.start]
+                p = _scores(qr[:, rows], kr[:, seen], ahead, scale, None)
+                torch.softmax(p, -1, out=p)
+            dp = torch.bmm(dor[:, rows], vr[:, seen].transpose(1, 2))
+            ds = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
+            dqr[:, rows] = _product(ds, kr[:, seen], scale)
+            # not baddbmm_: into some of the keys it multiplies one batch entry after the other
+            of_k, of_v = _product(ds.transpose(1, 2), qr[:, rows], scale), torch.bmm(p.transpose(1, 2), dor[:, rows])
+            if dkr is None or dvr is None:  # the last block, which sees all keys
+                dkr, dvr = of_k, of_v
+            else:
+                dkr[:, seen] += of_k
+                dvr[:, seen] += of_v
+        for parts, gradient in ((dq, dqr), (dk, dkr), (dv, dvr)):
+            if gradient is not None:
+                rectangle.put(parts, gradient)
+    return [*dq, *dk, *dv]
