@@ -1,8 +1,9 @@
 """RMSNorm: y = x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467).
 
 x [..., N] in fp32, bf16 or fp16 (fp64 on the PyTorch path), weight [N] in any of them, N from 1 to 65,536. Statistics
-are fp32 (fp64 for fp64). With a residual of x's shape, x + residual, rounded to x's dtype, is normalised and returned
-too. Under autocast the output comes in autocast's dtype, since what follows a norm is a matrix product.
+are fp32 (fp64 for fp64). With a residual of x's shape, x + residual, rounded to the residual's dtype (x's or fp32), is
+normalised and returned too. Under autocast the output comes in autocast's dtype, since what follows a norm is a matrix
+product.
 
 Gradient, with g = dy * weight and xhat = x * rstd: dx = rstd * (g - xhat * mean(g * xhat)), dweight = sum over rows of
 dy * xhat. Each program of the backward sums its own rows' dweight, the programs' sums are added up afterwards in one
@@ -59,7 +60,7 @@ def load_normed(
     WIDE, nothing of use), and rstd [ROWS, 1], also written."""
     rows = row[:, None]
     cols = tl.arange(0, BLOCK_N)[None, :]
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    dtype: tl.constexpr = sum_ptr.dtype.element_ty
     if WIDE:
         squares = tl.zeros((ROWS, BLOCK_N), tl.float32)
         for start in tl.range(0, N, BLOCK_N):
@@ -91,7 +92,7 @@ def _rms_norm_fwd_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     rows = row[:, None]
     cols = tl.arange(0, BLOCK_N)[None, :]
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    dtype: tl.constexpr = sum_ptr.dtype.element_ty
     x, rstd = load_normed(
         x_ptr, residual_ptr, sum_ptr, rstd_ptr, row, M, N, x_stride, residual_stride, eps, HAS_RESIDUAL, WIDE, ROWS,
         BLOCK_N,
@@ -196,7 +197,7 @@ def _triton_fwd(
     x, weight = _rows(x), weight.contiguous()
     y = x.new_empty(rows, width, dtype=out_dtype)
     rstd = x.new_empty(rows, dtype=torch.float32)
-    total = x if residual is None else x.new_empty(rows, width)
+    total = x if residual is None else residual.new_empty(rows, width)
     other = x if residual is None else _rows(residual)
     block = min(MAX_BLOCK_FWD, triton.next_power_of_2(width))
     config = _launch.config("rms_norm", "rms_norm_fwd", _launch.arch(x), N=width)
@@ -288,7 +289,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> 
 def _add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x, residual [M, N] -> y [M, N] in out_dtype, x + residual [M, N], rstd [M]."""
+    """x, residual [M, N] -> y [M, N] in out_dtype, x + residual [M, N] in residual's, rstd [M]."""
     return (_triton_fwd if _launch.use_triton(x) else torch_fwd)(x, weight, residual, eps, out_dtype)
 
 
@@ -311,7 +312,7 @@ def _(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> tuple[Te
 
 @_add_rms_norm.register_fake
 def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=out_dtype), x.new_empty(x.shape), _statistic(x)
+    return x.new_empty(x.shape, dtype=out_dtype), residual.new_empty(x.shape), _statistic(x)
 
 
 @_rms_norm_backward.register_fake
@@ -332,13 +333,17 @@ def _backward(ctx, dy, drstd):
 
 def _add_setup(ctx, inputs, output) -> None:
     _, total, rstd = output
+    ctx.dtype = inputs[0].dtype
     ctx.mark_non_differentiable(rstd)
+    ctx.set_materialize_grads(False)  # a last layer's sum goes nowhere
     ctx.save_for_backward(total, inputs[2], rstd)
 
 
 def _add_backward(ctx, dy, dsum, drstd):
-    dx, dweight = _rms_norm_backward(dy, *ctx.saved_tensors, dsum)
-    return dx, dx, dweight, None, None
+    dtotal, dweight = dsum, None
+    if dy is not None:
+        dtotal, dweight = _rms_norm_backward(dy, *ctx.saved_tensors, dsum)
+    return None if dtotal is None else dtotal.to(ctx.dtype), dtotal, dweight, None, None
 
 
 _rms_norm.register_autograd(_backward, setup_context=_setup)
@@ -356,8 +361,9 @@ def check_inputs(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
     check_shape("weight", weight, (x.shape[-1],))
     if residual is not None:
         check_shape("residual", residual, tuple(x.shape))
-        if residual.dtype != x.dtype:
-            raise TypeError(f"residual: got {residual.dtype}, allowed is x's {x.dtype}")
+        allowed = (x.dtype, torch.promote_types(x.dtype, torch.float32))
+        if residual.dtype not in allowed:
+            raise TypeError(f"residual: got {residual.dtype}, allowed is x's {allowed[0]} or {allowed[1]}")
 
 
 @overload
@@ -368,9 +374,10 @@ def rms_norm(
     x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
     """x [..., N], weight [N] -> y [..., N] in x's dtype (autocast's under autocast); with `residual` [..., N] in x's
-    dtype: y of x + residual, and x + residual itself. Differentiable in x, weight and residual.
+    dtype or fp32: y of x + residual, and x + residual itself in the residual's dtype. Differentiable in x, weight and
+    residual.
 
-    Raises TypeError for a dtype that is no float or a residual of another dtype than x's, ValueError for a weight that
+    Raises TypeError for a dtype that is no float or a residual of a dtype not allowed, ValueError for a weight that
     is not [N], a residual of another shape, or N over 65,536.
     """
     check_inputs(x, weight, residual)

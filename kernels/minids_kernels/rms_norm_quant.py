@@ -49,7 +49,7 @@ def rms_norm_quant_reference(
     transposed: bool = False,
 ) -> tuple[Tensor, ...]:
     """Plain PyTorch, one step after the other; x [M, N], results as `rms_norm_quant`'s."""
-    total = x if residual is None else (x.float() + residual.float()).to(x.dtype)
+    total = x if residual is None else (x.float() + residual.float()).to(residual.dtype)
     y = rms_norm_reference(total.float(), weight, eps)
     turned = quantize_tiles_transposed_reference(y, scale_format) if transposed else ()
     return *quantize_tiles_reference(y, scale_format), *(() if residual is None else (total,)), *turned
@@ -83,7 +83,7 @@ def _rms_norm_quant_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     rows = row[:, None]
     cols = tl.arange(0, BLOCK_N)[None, :]
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    dtype: tl.constexpr = sum_ptr.dtype.element_ty
     x, rstd = load_normed(
         x_ptr, residual_ptr, sum_ptr, rstd_ptr, row, M, N, x_stride, residual_stride, eps, HAS_RESIDUAL, WIDE, ROWS,
         BLOCK_N,
@@ -131,7 +131,7 @@ def _outputs(x: Tensor, residual: Tensor | None, transposed: bool) -> list[Tenso
         x.new_empty(rows, -(-width // TILE), dtype=torch.float32),
     ]
     if residual is not None:
-        outputs.append(x.new_empty(rows, width))
+        outputs.append(residual.new_empty(rows, width))
     if transposed:
         outputs.append(x.new_empty(width, rows, dtype=torch.uint8))
         outputs.append(x.new_empty(width, -(-rows // TILE), dtype=torch.float32))

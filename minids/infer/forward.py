@@ -58,17 +58,17 @@ def _step(model: DeepseekV3, input_ids: Tensor, cache: LatentCache) -> Tensor:
     positions = torch.arange(start, length, device=input_ids.device).repeat(batch)
     cos, sin = rope_angles(model.config, positions)
     bounds = torch.arange(0, batch * new + 1, new, dtype=torch.int32)
-    x = model.model.embed_tokens(input_ids.flatten())
+    x, residual = model.model.embed_tokens(input_ids.flatten()), None
     for layer, rows in zip(blocks(model), cache.rows, strict=True):
         attention = layer.self_attn
-        q, latent, k_pe = attention.project(layer.input_layernorm(x), cos, sin)
+        normed, residual = layer.input_layernorm(x, residual)
+        q, latent, k_pe = attention.project(normed, cos, sin)
         rows[:, start:length] = torch.cat((latent, k_pe), dim=-1).unflatten(0, (batch, new))
         out = _absorbed(attention, q, rows, length) if start else attention.attend(q, latent, k_pe, bounds)
-        x = x + attention.o_proj(out.flatten(1))
-        normed = layer.post_attention_layernorm(x)
-        x = x + (layer.mlp(normed, batch)[0] if isinstance(layer.mlp, MoE) else layer.mlp(normed))
+        normed, residual = layer.post_attention_layernorm(attention.o_proj(out.flatten(1)), residual)
+        x = layer.mlp(normed, batch)[0] if isinstance(layer.mlp, MoE) else layer.mlp(normed)
     cache.length = length
-    return model.model.norm(x).unflatten(0, (batch, new))
+    return model.model.norm(x, residual)[0].unflatten(0, (batch, new))
 
 
 @torch.inference_mode()

@@ -1,4 +1,7 @@
-"""One transformer layer: pre-norm attention and feed-forward, each added to the residual stream."""
+"""One transformer layer: pre-norm attention and feed-forward, each added to the residual stream.
+
+Every addition is left to the norm that follows it, the last one to the next layer's: both are one pass over memory.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,11 @@ from torch import Tensor, nn
 from minids.config import ModelConfig
 from minids.model.attention import Attention
 from minids.model.moe import MLP, MoE, Routing
-from minids.model.norm import RMSNorm
+from minids.model.norm import AddRMSNorm
 
 
 class Block(nn.Module):
-    """x [T, D] -> [T, D]; dense below `first_k_dense_replace`, mixture of experts from there on."""
+    """Dense below `first_k_dense_replace`, mixture of experts from there on."""
 
     def __init__(self, config: ModelConfig, layer_idx: int) -> None:
         super().__init__()
@@ -21,15 +24,17 @@ class Block(nn.Module):
             self.mlp = MLP(config.hidden_size, config.intermediate_size)
         else:
             self.mlp = MoE(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = AddRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = AddRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, sequences: int
-    ) -> tuple[Tensor, Routing | None]:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens)
-        normed = self.post_attention_layernorm(x)
+        self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, sequences: int
+    ) -> tuple[Tensor, Tensor, Routing | None]:
+        """x [T, D] the last layer's output and residual [T, D] the stream it is yet to be added to (None: there is no
+        layer before) -> the same of this layer, and how tokens were routed."""
+        normed, residual = self.input_layernorm(x, residual)
+        normed, residual = self.post_attention_layernorm(self.self_attn(normed, cos, sin, cu_seqlens), residual)
         if isinstance(self.mlp, MLP):
-            return x + self.mlp(normed), None
+            return self.mlp(normed), residual, None
         out, routing = self.mlp(normed, sequences)
-        return x + out, routing
+        return out, residual, routing

@@ -17,7 +17,7 @@ from minids.config import ModelConfig
 from minids.model.block import Block
 from minids.model.moe import Experts, Gate, MoE, Routing, update_bias
 from minids.model.mtp import MTPBlock
-from minids.model.norm import RMSNorm
+from minids.model.norm import AddRMSNorm
 from minids.model.rope import rope_angles
 
 IGNORE = -100
@@ -78,7 +78,7 @@ class Backbone(nn.Module):
             [Block(config, index) for index in range(main)]
             + [MTPBlock(config, main + depth) for depth in range(config.num_nextn_predict_layers)]
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = AddRMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class DeepseekV3(nn.Module):
@@ -128,13 +128,13 @@ class DeepseekV3(nn.Module):
 
     def _hidden(self, batch: _Packed) -> tuple[Tensor, list[Routing]]:
         """Main model's normed hidden states [T, D] and its MoE layers' routing."""
-        x = self.model.embed_tokens(batch.input_ids)
+        x, residual = self.model.embed_tokens(batch.input_ids), None
         routings: list[Routing] = []
         for layer in self.model.layers[: self.config.num_hidden_layers]:
-            x, routing = layer(x, batch.cos, batch.sin, batch.cu_seqlens, batch.sequences)
+            x, residual, routing = layer(x, residual, batch.cos, batch.sin, batch.cu_seqlens, batch.sequences)
             if routing is not None:
                 routings.append(routing)
-        return self.model.norm(x), routings
+        return self.model.norm(x, residual)[0], routings
 
     def _mtp_hidden(self, batch: _Packed, hidden: Tensor, depth: int) -> tuple[Tensor, Routing | None]:
         """Normed hidden [T, D] of MTP module `depth` (0-based) from that of the depth before. Places whose further

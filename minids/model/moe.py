@@ -89,7 +89,7 @@ class MoE(nn.Module):
         ids, weight, scores = self.gate(x)
         out = self.experts(x, ids, weight)
         if self.shared_experts is not None:
-            out = out + self.shared_experts(x)
+            out = self.shared_experts(x).add_(out)
         return out, routing(ids, scores, sequences)
 
 

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from minids.config import ModelConfig
 from minids.model.block import Block
 from minids.model.moe import Routing
-from minids.model.norm import RMSNorm
+from minids.model.norm import AddRMSNorm, RMSNorm
 
 
 class SharedHead(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = AddRMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class MTPBlock(Block):
@@ -35,5 +35,5 @@ class MTPBlock(Block):
         """embedded [T, D] of the token one further than at the depth before, hidden [T, D] that depth's normed output
         -> normed hidden [T, D] for the head and the next depth."""
         x = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(hidden)), dim=-1))
-        x, routing = self(x, cos, sin, cu_seqlens, sequences)
-        return self.shared_head.norm(x), routing
+        x, residual, routing = self(x, None, cos, sin, cu_seqlens, sequences)
+        return self.shared_head.norm(x, residual)[0], routing

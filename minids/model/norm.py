@@ -1,4 +1,4 @@
-"""RMSNorm as a module; the arithmetic is minids_kernels.rms_norm."""
+"""RMSNorm as modules; the arithmetic is minids_kernels.rms_norm."""
 
 from __future__ import annotations
 
@@ -17,3 +17,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+
+class AddRMSNorm(RMSNorm):
+    """x, residual [..., N] -> the norm of their sum, and the sum; without a residual the norm of x, and x."""
+
+    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        if residual is None:
+            return super().forward(x), x
+        return rms_norm(x, self.weight, self.eps, residual=residual)

@@ -53,6 +53,27 @@ def test_residual_agrees_with_torch(shape: tuple[int, ...], mode: str, device: t
     check(ours, theirs, [x, torch.randn(shape), weight], mode, roundings=5, length=shape[-1] + rows, device=device)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(3, 8), (5, 130)], ids=str)
+def test_residual_wider_than_x(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+    """The sum keeps the residual's fp32: as if x had been fp32 of the same values, gradients too, x's then rounded."""
+    x, weight = inputs(shape)
+    tensors = [x.to(device, dtype), torch.randn(shape).to(device), weight.to(device)]
+    dy, dsum = torch.randn(2, *shape).to(device)
+
+    def both(x: Tensor) -> list[Tensor]:
+        leaves = [t.detach().requires_grad_() for t in (x, *tensors[1:])]
+        y, total = rms_norm(leaves[0], leaves[2], residual=leaves[1])
+        assert total.dtype == torch.float32 and y.dtype == x.dtype
+        return [total, y, *torch.autograd.grad([y, total], leaves, [dy.to(y.dtype), dsum])]
+
+    got, want = both(tensors[0]), both(tensors[0].float())
+    assert torch.equal(got[0], want[0])
+    bound = error_bound(dtype, 2, 1)  # y and dy are rounded, in Triton's interpreter towards zero
+    for one, other in zip(got[1:], want[1:], strict=True):
+        assert_near(one, other, bound, floor=shape[0])
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_reference_agrees_with_torch(shape: tuple[int, ...]) -> None:
     x, weight = inputs(shape)
@@ -114,7 +135,7 @@ def test_bad_input(x: Tensor, weight: Tensor, error: type[Exception], message: s
 def test_bad_residual() -> None:
     with pytest.raises(ValueError, match=r"residual: got shape \(8,\), allowed is \(3, 8\)"):
         rms_norm(torch.zeros(3, 8), torch.ones(8), residual=torch.zeros(8))
-    with pytest.raises(TypeError, match=r"residual: got torch.float64, allowed is x's torch.float32"):
+    with pytest.raises(TypeError, match=r"residual: got torch.float64, allowed is x's torch.float32 or torch.float32"):
         rms_norm(torch.zeros(3, 8), torch.ones(8), residual=torch.zeros(3, 8).double())
 
 

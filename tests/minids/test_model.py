@@ -239,7 +239,7 @@ def test_prediction_losses_against_a_slow_loop(depth: int) -> None:
         for start, end in itertools.pairwise(BOUNDS):
             document, wanted = ids.flatten()[start:end], labels.flatten()[start:end]
             seen: list[Tensor] = []
-            hook = model.model.norm.register_forward_hook(lambda _module, _args, out, seen=seen: seen.append(out))
+            hook = model.model.norm.register_forward_hook(lambda _module, _args, out, seen=seen: seen.append(out[0]))
             model(document[None])
             hook.remove()
             hidden = seen[0]
@@ -251,8 +251,10 @@ def test_prediction_losses_against_a_slow_loop(depth: int) -> None:
                 embedded = model.model.embed_tokens(document[k:])
                 x = layer.eh_proj(torch.cat((layer.enorm(embedded), layer.hnorm(hidden[:length])), -1))
                 angles = rope_angles(model.config, torch.arange(length))
-                x, _ = Block.forward(layer, x, *angles, torch.tensor([0, length], dtype=torch.int32), 1)
-                hidden = layer.shared_head.norm(x)
+                out, residual, _ = Block.forward(
+                    layer, x, None, *angles, torch.tensor([0, length], dtype=torch.int32), 1
+                )
+                hidden, _ = layer.shared_head.norm(out, residual)
                 for i in range(length - 1):
                     if wanted[i + k + 1] != IGNORE:
                         sums[k - 1] -= model.lm_head(hidden[i]).log_softmax(-1)[wanted[i + k + 1]].item()
