@@ -33,7 +33,7 @@ from ._ops import add_op_namespace_prefix
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_reference"]
 
 MIN_COLUMNS = 1024  # of a chunk of logits, however narrow x is
-PIECE_ELEMENTS = 1 << 19  # logits that the PyTorch path's backward works on at once: what stays in a CPU's caches
+PIECE_ELEMENTS = 1 << 20  # logits whose softmax or gradient the PyTorch path makes at once: what CPU caches hold
 CHUNK_ELEMENTS = 1 << 22  # logits that the PyTorch path's forward makes at once
 KEPT_ELEMENTS = 1 << 24  # gradients by logits that the PyTorch path keeps for the backward
 LOWEST = torch.finfo(torch.float32).min
@@ -240,8 +240,9 @@ def _torch_fwd(
     for i, chunk in enumerate(_pieces(rows, vocab, CHUNK_ELEMENTS)):
         logits = kept[i][: chunk.stop - chunk.start] if keep else x.new_empty(chunk.stop - chunk.start, vocab)
         torch.mm(x[chunk], weight.T, out=logits)
-        target = targets[chunk].unsqueeze(1)
-        _torch_chunk(logits, target, loss[chunk], lse[chunk], label_smoothing, z_loss, keep)
+        for piece in _pieces(logits.shape[0], vocab, PIECE_ELEMENTS):
+            target, losses, lses = (x[chunk][piece] for x in (targets.unsqueeze(1), loss, lse))
+            _torch_softmax(logits[piece], target, losses, lses, label_smoothing, z_loss, keep)
     for chunk, logits in zip(_pieces(tokens, vocab, CHUNK_ELEMENTS), kept, strict=False):
         logits[max(0, rows - chunk.start) :] = 0
     if rows == tokens:
@@ -250,7 +251,7 @@ def _torch_fwd(
     return zeros.index_copy(0, index, loss.view(rows)), zeros.index_copy(0, index, lse.view(rows)), kept
 
 
-def _torch_chunk(
+def _torch_softmax(
     logits: Tensor, targets: Tensor, loss: Tensor, lse: Tensor, label_smoothing: float, z_loss: float, keep: bool
 ) -> None:
     """logits [rows, V], targets [rows, 1]: writes loss and lse [rows, 1], and over the logits their gradient if `keep`,
