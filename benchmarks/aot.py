@@ -38,10 +38,14 @@ SHARED_LIMIT = {  # bytes a thread block may have (CUDA C++ programming guide, t
     "gfx942": 65_536,
 }  # fmt: skip
 
-# counted in the machine code: tensor-core instructions, bulk tensor copies, asynchronous copies, spills
+# counted in the machine code: tensor-core instructions, bulk tensor copies, asynchronous copies, spills, barriers, and
+# global loads and stores by the bits a thread moves
 INSTRUCTIONS = re.compile(
-    r"\b(QGMMA|HGMMA|IGMMA|QMMA|HMMA|OMMA|UTCQMMA|UTCHMMA|UTMALDG|UTMASTG|LDGSTS|LDL|STL|WARPGROUP\.DEPBAR|v_mfma\w*)"
+    r"\b(QGMMA|HGMMA|IGMMA|QMMA|HMMA|OMMA|UTCQMMA|UTCHMMA|UTMALDG|UTMASTG|LDGSTS|LDL|STL|WARPGROUP\.DEPBAR|BAR\.SYNC"
+    r"|v_mfma\w*)"
 )
+GLOBAL = re.compile(r"\b(LDG|STG)\.E((?:\.\w+)*)")
+BITS = {"128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}  # 32 without a suffix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +156,9 @@ def _compile(launch: Launch, room: str, arch: str) -> Compiled:
     else:
         text, registers = _machine_code(compiled.asm["cubin"])
     counts = Counter(match.group(1) for match in INSTRUCTIONS.finditer(text))
+    for kind, suffixes in GLOBAL.findall(text):
+        bits = next((BITS[suffix] for suffix in suffixes.split(".") if suffix in BITS), 32)
+        counts[f"{kind}.{bits}"] += 1
     if arch not in HIP:
         spills = counts.pop("LDL", 0) + counts.pop("STL", 0)
     names = launch.kernel.arg_names

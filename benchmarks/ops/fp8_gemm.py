@@ -113,6 +113,12 @@ def _bind_torchao(inputs: Inputs) -> Run:
     return lambda: triton_fp8_gemm_1x128_128x128(a, b.T, left, b_scale.T)
 
 
+def _bind_deepseek(inputs: Inputs) -> Run:
+    from benchmarks.deepseek import fp8_gemm as theirs
+
+    return lambda: theirs(*inputs.args)
+
+
 def _product(m: int, n: int, k: int, wgrad: bool, device: torch.device) -> Case:
     blocks, out_dtype = not wgrad, torch.float32 if wgrad else torch.bfloat16
 
@@ -129,6 +135,7 @@ def _product(m: int, n: int, k: int, wgrad: bool, device: torch.device) -> Case:
     if not wgrad:
         peers["deepgemm"] = Contestant(_bind_deepgemm, package="sgl-deep-gemm", on=("sm_90",))
         peers["torchao"] = Contestant(_bind_torchao, package="torchao", on=("cuda",))
+        peers["deepseek"] = Contestant(_bind_deepseek, package="triton", on=("cuda",))
     return Case(
         name="wgrad" if wgrad else "fwd",
         shape={"M": m, "N": n, "K": k},

@@ -63,6 +63,12 @@ def torchao_both(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return *torchao("act_quant_lhs")(x), *torchao("act_quant_transposed_lhs")(x)
 
 
+def deepseek(x: Tensor) -> tuple[Tensor, Tensor]:
+    from benchmarks.deepseek import act_quant
+
+    return act_quant(x)
+
+
 def read_tiles(output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Codes and scales, pair by pair, as numbers."""
     pairs = zip(output[::2], output[1::2], strict=True)
@@ -84,6 +90,7 @@ def _case(name: str, rows: int, columns: int, device: torch.device) -> Case:
         "both fwd": (quantize_tiles_both, quantize_tiles_both_reference, eager_both, torchao_both),
     }[name]  # fmt: skip
     read: Callable[[Any], Any] = read_blocks if name == "blocks fwd" else read_tiles
+    official = {"deepseek": Contestant(calls(deepseek), package="triton", on=("cuda",), read=read)}
     written = 2 if name == "both fwd" else 1
     return Case(
         name=name,
@@ -96,6 +103,7 @@ def _case(name: str, rows: int, columns: int, device: torch.device) -> Case:
             "eager": Contestant(calls(plain), read=read),
             "compile": Contestant(compiled(plain), read=read),
             "torchao": Contestant(calls(theirs), package="torchao", on=("cuda",), read=read),
+            **(official if name == "tiles fwd" else {}),
         },
         tolerance=TOLERANCE,
         bytes=rows * columns * (DTYPE.itemsize + written),
