@@ -38,13 +38,20 @@ SHARED_LIMIT = {  # bytes a thread block may have (CUDA C++ programming guide, t
     "gfx942": 65_536,
 }  # fmt: skip
 
+# of a multiprocessor (same guide): threads, bytes of shared memory (a block takes 1,024 more than it asks for), blocks
+MULTIPROCESSOR = {
+    "sm_80": (2048, 167_936, 32), "sm_86": (1536, 102_400, 16), "sm_89": (1536, 102_400, 24),
+    "sm_90": (2048, 233_472, 32), "sm_100": (2048, 233_472, 32), "sm_120": (1536, 102_400, 24),
+}  # fmt: skip
+REGISTERS = 65_536  # of a multiprocessor; a warp takes them in units of 256
+
 # counted in the machine code: tensor-core instructions, bulk tensor copies, asynchronous copies, spills, barriers, and
 # global loads and stores by the bits a thread moves
 INSTRUCTIONS = re.compile(
-    r"\b(QGMMA|HGMMA|IGMMA|QMMA|HMMA|OMMA|UTCQMMA|UTCHMMA|UTMALDG|UTMASTG|LDGSTS|LDL|STL|WARPGROUP\.DEPBAR|BAR\.SYNC"
+    r"\b(QGMMA|HGMMA|IGMMA|QMMA|HMMA|OMMA|UTCQMMA|UTCHMMA|UTMALDG|UTMASTG|LDL|STL|WARPGROUP\.DEPBAR|BAR\.SYNC"
     r"|v_mfma\w*)"
 )
-GLOBAL = re.compile(r"\b(LDG|STG)\.E((?:\.\w+)*)")
+GLOBAL = re.compile(r"\b(LDGSTS|LDG|STG)\.E((?:\.\w+)*)")
 BITS = {"128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}  # 32 without a suffix
 
 
@@ -66,6 +73,25 @@ class Compiled:
     @property
     def fits(self) -> bool:
         return self.shared <= SHARED_LIMIT[self.arch]
+
+    @property
+    def blocks(self) -> int:
+        """Thread blocks that a multiprocessor holds at once."""
+        threads, shared, blocks = MULTIPROCESSOR[self.arch]
+        warps = self.config.get("num_warps", 4)
+        registers = -(-self.registers * 32 // 256) * 256 * warps
+        return min(threads // (32 * warps), shared // (self.shared + 1024), REGISTERS // registers, blocks)
+
+    @property
+    def in_flight(self) -> int:
+        """Bytes that a multiprocessor's blocks may wait for at once: what the load instructions of the code move (one
+        pass of its loops), or where bulk copies fill shared memory, that."""
+        if self.instructions.get("UTMALDG"):
+            return self.blocks * self.shared
+        bits = sum(
+            count * int(name.split(".")[1]) for name, count in self.instructions.items() if name.startswith("LDG")
+        )
+        return self.blocks * 32 * self.config.get("num_warps", 4) * bits // 8
 
 
 @dataclasses.dataclass
@@ -230,16 +256,19 @@ def markdown(results: Sequence[Compiled]) -> str:
         "# Kernels compiled ahead of time", "",
         f"Written by `python -m benchmarks.aot --markdown benchmarks/results/aot.md` (Triton {versions}), with "
         "--all for every table entry. "
-        "Registers are a thread's, shared memory is a block's in bytes, spills are local-memory instructions.", "",
-        "| kernel | arch | case | config | registers | spills | shared | instructions |",
-        "|---|---|---|---|---:|---:|---:|---|",
+        "Registers are a thread's, shared memory is a block's in bytes, spills are local-memory instructions. "
+        "Blocks are those that a multiprocessor holds at once, in flight the bytes that they may wait for at once: "
+        "loads of one pass of the code's loops, or the shared memory that bulk copies fill. Global loads and stores "
+        "(LDG, STG, LDGSTS) are counted by the bits a thread moves.", "",
+        "| kernel | arch | case | config | registers | spills | shared | blocks | in flight | instructions |",
+        "|---|---|---|---|---:|---:|---:|---:|---:|---|",
     ]  # fmt: skip
     for r in results:
         config = " ".join(f"{name}={value}" for name, value in r.config.items())
         counts = " ".join(f"{name} {count}" for name, count in r.instructions.items())
-        lines.append(
-            f"| {r.kernel} | {r.arch} | {r.label} | {config} | {r.registers} | {r.spills} | {r.shared} | {counts} |"
-        )
+        waits = f"{r.blocks} | {r.in_flight}" if r.arch in MULTIPROCESSOR else " | "
+        numbers = f"{r.registers} | {r.spills} | {r.shared} | {waits}"
+        lines.append(f"| {r.kernel} | {r.arch} | {r.label} | {config} | {numbers} | {counts} |")
     return "\n".join(lines) + "\n"
 
 
