@@ -212,6 +212,8 @@ def _segments(offsets: Tensor, spare: int) -> list[tuple[int, int, int, int]]:
 
 def _gather(x: Tensor, token: Tensor, out: Tensor) -> Tensor:
     """Tokens' rows of x, and zeros behind them."""
+    if out.shape[0] == token.shape[0]:
+        return torch.index_select(x, 0, token, out=out)
     torch.index_select(x, 0, token, out=out[: token.shape[0]])
     out[token.shape[0] :].zero_()
     return out
@@ -251,8 +253,9 @@ def _torch_bwd(
             torch.mm(dmine, w_down[expert]), gate_up[start:stop], weight[start:stop]
         )
         dweight[start:end] = products[: end - start]
-        for behind in (scaled[end - start :], dgate_up[end - start :]):  # what the next expert's gate_up gave
-            behind.zero_()
+        if stop > end:  # what the next expert's gate_up gave
+            scaled[end - start :].zero_()
+            dgate_up[end - start :].zero_()
         torch.mm(dmine.T, scaled, out=dw_down[expert])
         torch.mm(dgate_up.T, mine, out=dw_gate_up[expert])
         torch.mm(dgate_up, w_gate_up[expert], out=dmine)

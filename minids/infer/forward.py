@@ -66,7 +66,7 @@ def _step(model: DeepseekV3, input_ids: Tensor, cache: LatentCache) -> Tensor:
         rows[:, start:length] = torch.cat((latent, k_pe), dim=-1).unflatten(0, (batch, new))
         out = _absorbed(attention, q, rows, length) if start else attention.attend(q, latent, k_pe, bounds)
         normed, residual = layer.post_attention_layernorm(attention.o_proj(out.flatten(1)), residual)
-        x = layer.mlp(normed, batch)[0] if isinstance(layer.mlp, MoE) else layer.mlp(normed)
+        x = layer.mlp(normed)[0] if isinstance(layer.mlp, MoE) else layer.mlp(normed)
     cache.length = length
     return model.model.norm(x, residual)[0].unflatten(0, (batch, new))
 

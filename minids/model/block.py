@@ -28,7 +28,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = AddRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, sequences: int
+        self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, cu_seqlens: Tensor
     ) -> tuple[Tensor, Tensor, Routing | None]:
         """x [T, D] the last layer's output and residual [T, D] the stream it is yet to be added to (None: there is no
         layer before) -> the same of this layer, and how tokens were routed."""
@@ -36,5 +36,5 @@ class Block(nn.Module):
         normed, residual = self.post_attention_layernorm(self.self_attn(normed, cos, sin, cu_seqlens), residual)
         if isinstance(self.mlp, MLP):
             return self.mlp(normed), residual, None
-        out, routing = self.mlp(normed, sequences)
+        out, routing = self.mlp(normed)
         return out, residual, routing

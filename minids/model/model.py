@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from minids.config import ModelConfig
 from minids.model.block import Block
-from minids.model.moe import Experts, Gate, MoE, Routing, update_bias
+from minids.model.moe import Experts, Gate, MoE, Routing, balance_loss, update_bias
 from minids.model.mtp import MTPBlock
 from minids.model.norm import AddRMSNorm
 from minids.model.rope import rope_angles
@@ -56,7 +56,6 @@ class _Packed:
     document_end: Tensor  # [T], index behind each token's document
     cos: Tensor
     sin: Tensor
-    sequences: int
 
     def targets(self, labels: Tensor, ahead: int) -> Tensor:
         """[T]: the label `ahead` tokens on, IGNORE where that is another document's."""
@@ -124,14 +123,14 @@ class DeepseekV3(nn.Module):
         end = cu_seqlens[1:].long().repeat_interleave(lengths).to(input_ids.device)
         index = torch.arange(rows * length, device=input_ids.device)
         cos, sin = rope_angles(self.config, index - start)
-        return _Packed(input_ids.flatten(), cu_seqlens, end, cos, sin, rows)
+        return _Packed(input_ids.flatten(), cu_seqlens, end, cos, sin)
 
     def _hidden(self, batch: _Packed) -> tuple[Tensor, list[Routing]]:
         """Main model's normed hidden states [T, D] and its MoE layers' routing."""
         x, residual = self.model.embed_tokens(batch.input_ids), None
         routings: list[Routing] = []
         for layer in self.model.layers[: self.config.num_hidden_layers]:
-            x, residual, routing = layer(x, residual, batch.cos, batch.sin, batch.cu_seqlens, batch.sequences)
+            x, residual, routing = layer(x, residual, batch.cos, batch.sin, batch.cu_seqlens)
             if routing is not None:
                 routings.append(routing)
         return self.model.norm(x, residual)[0], routings
@@ -141,7 +140,7 @@ class DeepseekV3(nn.Module):
         token lies in the next document hold no prediction; being last, they are seen by none that do."""
         layer = self.model.layers[self.config.num_hidden_layers + depth]
         embedded = self.model.embed_tokens(batch.input_ids.roll(-1 - depth))
-        return layer.predict(embedded, hidden, batch.cos, batch.sin, batch.cu_seqlens, batch.sequences)  # type: ignore[operator]
+        return layer.predict(embedded, hidden, batch.cos, batch.sin, batch.cu_seqlens)  # type: ignore[operator]
 
     def forward(
         self, input_ids: Tensor, labels: Tensor | None = None, cu_seqlens: Tensor | None = None
@@ -174,10 +173,10 @@ class DeepseekV3(nn.Module):
             mtp_tokens.append(depth_tokens)
             if routing is not None:
                 routings.append(routing)
-        zero = nll.new_zeros(())
-        balance = torch.stack([r.balance for r in routings]).sum() if routings else zero
-        counts = torch.stack([r.counts for r in routings]) if routings else zero.new_zeros(0, 0)
-        return Losses(nll, tokens, mtp_nll, mtp_tokens, balance, counts)
+        balance, counts = nll.new_zeros(0), nll.new_zeros(0, 0)
+        if routings:
+            balance, counts = balance_loss(routings, input_ids.shape[0])
+        return Losses(nll, tokens, mtp_nll, mtp_tokens, balance.sum(), counts)
 
     def _nll(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, int]:
         nll = linear_cross_entropy(hidden, self.lm_head.weight, targets, IGNORE)

@@ -67,10 +67,10 @@ class Experts(nn.Module):
 
 @dataclass
 class Routing:
-    """What one MoE layer did: `balance` the sequence-wise balance loss (no alpha), `counts` [E] tokens per expert."""
+    """What one MoE layer's gate said: `topk_ids` [T, k] and `scores` [T, E]."""
 
-    balance: Tensor
-    counts: Tensor
+    topk_ids: Tensor
+    scores: Tensor
 
 
 class MoE(nn.Module):
@@ -84,28 +84,31 @@ class MoE(nn.Module):
             else None
         )
 
-    def forward(self, x: Tensor, sequences: int) -> tuple[Tensor, Routing]:
-        """x [T, D], T tokens of `sequences` equally long sequences -> [T, D] and how tokens were routed."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+        """x [T, D] -> [T, D] and how tokens were routed."""
         ids, weight, scores = self.gate(x)
         out = self.experts(x, ids, weight)
         if self.shared_experts is not None:
             out = self.shared_experts(x).add_(out)
-        return out, routing(ids, scores, sequences)
+        return out, Routing(ids, scores)
 
 
-def routing(topk_ids: Tensor, scores: Tensor, sequences: int) -> Routing:
-    """Balance loss (report, equations 17-20): sum over experts of f_i P_i, averaged over sequences."""
-    tokens, experts = scores.shape
-    top_k = topk_ids.shape[1]
+def balance_loss(routings: list[Routing], sequences: int) -> tuple[Tensor, Tensor]:
+    """Of L layers, whose T tokens are `sequences` equally long sequences: the sequence-wise balance losses [L] without
+    alpha (report, equations 17-20: sum over experts of f_i P_i, averaged over sequences), and tokens per expert [L, E].
+    """
+    ids = torch.stack([r.topk_ids for r in routings])
+    scores = torch.stack([r.scores for r in routings])
+    (layers, tokens, top_k), experts = ids.shape, scores.shape[-1]
     length = tokens // sequences
-    counts = torch.zeros(sequences, experts, device=scores.device)
-    counts.scatter_add_(
-        1, topk_ids.view(sequences, -1), torch.ones((), device=scores.device).expand(sequences, length * top_k)
-    )
+    counts = scores.new_zeros(layers * sequences, experts)
+    chosen = ids.view(layers * sequences, length * top_k)
+    counts.scatter_add_(1, chosen, counts.new_ones(()).expand_as(chosen))
+    counts = counts.view(layers, sequences, experts)
     share = scores / scores.sum(-1, keepdim=True)
-    mean_share = share.view(sequences, length, experts).mean(1)
-    balance = (counts * (experts / (top_k * length)) * mean_share).sum(-1).mean()
-    return Routing(balance, counts.sum(0))
+    mean_share = share.view(layers, sequences, length, experts).mean(2)
+    balance = (counts * (experts / (top_k * length)) * mean_share).sum(-1).mean(1)
+    return balance, counts.sum(1)
 
 
 @torch.no_grad()

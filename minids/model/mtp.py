@@ -30,10 +30,10 @@ class MTPBlock(Block):
         self.shared_head = SharedHead(config)
 
     def predict(
-        self, embedded: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, sequences: int
+        self, embedded: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor
     ) -> tuple[Tensor, Routing | None]:
         """embedded [T, D] of the token one further than at the depth before, hidden [T, D] that depth's normed output
         -> normed hidden [T, D] for the head and the next depth."""
         x = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(hidden)), dim=-1))
-        x, residual, routing = self(x, None, cos, sin, cu_seqlens, sequences)
+        x, residual, routing = self(x, None, cos, sin, cu_seqlens)
         return self.shared_head.norm(x, residual)[0], routing

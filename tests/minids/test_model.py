@@ -251,9 +251,7 @@ def test_prediction_losses_against_a_slow_loop(depth: int) -> None:
                 embedded = model.model.embed_tokens(document[k:])
                 x = layer.eh_proj(torch.cat((layer.enorm(embedded), layer.hnorm(hidden[:length])), -1))
                 angles = rope_angles(model.config, torch.arange(length))
-                out, residual, _ = Block.forward(
-                    layer, x, None, *angles, torch.tensor([0, length], dtype=torch.int32), 1
-                )
+                out, residual, _ = Block.forward(layer, x, None, *angles, torch.tensor([0, length], dtype=torch.int32))
                 hidden, _ = layer.shared_head.norm(out, residual)
                 for i in range(length - 1):
                     if wanted[i + k + 1] != IGNORE:
