@@ -42,7 +42,8 @@ TOP = {"cli", "quickstart", "doctor", "plan", "__main__", "__init__"}  # may imp
 # fp8_quant: what fp8 rooms quantise with; swiglu: the activation inside moe, whose derivative must not exist twice;
 # grouped_gemm: the products inside moe, and how grouped_fp8_gemm numbers tiles; rms_norm: what rms_norm_quant computes
 # before it quantises;
-# fp8_gemm: the three products of fp8_linear, one expert's in grouped_fp8_gemm; _*_torch: a room's path
+# fp8_gemm: the three products of fp8_linear, one expert's in grouped_fp8_gemm; _*_torch: a room's path;
+# mla_cache: rows that mla_decode reads, made by rms_norm and rope
 ROOM_MAY_IMPORT = {
     "_ops",
     "_checks",
@@ -52,7 +53,9 @@ ROOM_MAY_IMPORT = {
     "fp8_quant",
     "grouped_fp8_gemm",
     "grouped_gemm",
+    "mla_cache",
     "rms_norm",
+    "rope",
     "swiglu",
 }
 NOT_ROOMS = {"__init__", "layers", "compat"}

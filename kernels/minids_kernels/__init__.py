@@ -29,7 +29,8 @@ from .grouped_fp8_gemm import (
 )
 from .grouped_gemm import grouped_gemm, grouped_gemm_reference
 from .mla_attention import mla_attention, mla_attention_reference
-from .mla_decode import mla_decode, mla_decode_reference, quantize_latent_cache
+from .mla_cache import quantize_latent_cache, write_latent_cache, write_latent_cache_reference
+from .mla_decode import mla_decode, mla_decode_reference
 from .moe import MoePlan, moe_experts, moe_experts_reference, moe_permute, moe_unpermute
 from .moe_gate import moe_gate, moe_gate_reference
 from .rms_norm import rms_norm, rms_norm_reference
@@ -98,4 +99,6 @@ __all__ = [
     "swiglu_quant",
     "swiglu_quant_reference",
     "swiglu_reference",
+    "write_latent_cache",
+    "write_latent_cache_reference",
 ]

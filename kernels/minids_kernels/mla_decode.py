@@ -16,10 +16,9 @@ nothing waits for the host, and a CUDA graph stays right when lengths change. No
 Rows behind a sequence's length are never loaded. bf16 and fp16 with v_dim to 512, fp32 with v_dim to 128, Dr to 64;
 wider rows, and fp64, take the PyTorch path.
 
-A cache of bytes holds FlashMLA's fp8 rows (flash_mla/flash_mla_interface.py there; 656 bytes in DeepSeek-V3), which
-`quantize_latent_cache` writes: Dc codes (e4m3), Dc / 128 fp32 scales, one for each 128 codes, and Dr rotated values in
-bf16. A block of rows is widened to q's dtype in registers, code * scale, and multiplied as any other. On the Triton
-path with q in bf16 or fp16 and v_dim = Dc = 128, 256 or 512; other rows take the PyTorch path.
+A cache of bytes holds FlashMLA's fp8 rows (mla_cache.py writes either kind). A block of rows is widened to q's dtype in
+registers, code * scale, and multiplied as any other. On the Triton path with q in bf16 or fp16 and v_dim = Dc = 128,
+256 or 512; other rows take the PyTorch path.
 
 The PyTorch path reads pages that follow each other in place, without a copy (fp8 rows are widened to one), and treats
 sequences of one length as one batch. Test: tests/kernels/test_mla_decode.py. Benchmark: benchmarks/ops/mla_decode.py.
@@ -36,9 +35,10 @@ from . import _launch
 from ._checks import check_float, check_shape
 from ._launch import tl, triton
 from ._ops import add_op_namespace_prefix
-from .fp8_quant import E4M3, TILE, ScaleFormat, decode_e4m3, dequantize_tiles, native_e4m3, quantize_tiles
+from .fp8_quant import E4M3, TILE, decode_e4m3, dequantize_tiles, native_e4m3
+from .mla_cache import row_bytes, row_fields
 
-__all__ = ["mla_decode", "mla_decode_reference", "quantize_latent_cache"]
+__all__ = ["mla_decode", "mla_decode_reference"]
 
 MAX_V_DIM, MAX_V_DIM_FP32, MAX_REST = 512, 128, 64  # what a kernel's tile holds of a row
 FP8_V_DIMS = (128, 256, 512)
@@ -52,7 +52,7 @@ def mla_decode_reference(
     batch, new, heads, _ = q.shape
     page = kv_cache.shape[1]
     if kv_cache.dtype in (torch.uint8, E4M3):
-        codes, scales, rotary = _fields(kv_cache, v_dim)
+        codes, scales, rotary = row_fields(kv_cache, v_dim)
         kv_cache = torch.cat((codes.view(E4M3).float() * scales.repeat_interleave(TILE, -1), rotary.float()), -1)
     out = q.new_zeros(batch, new, heads, v_dim, dtype=torch.float32)
     lse = torch.full_like(out[..., 0], torch.inf)
@@ -65,13 +65,6 @@ def mla_decode_reference(
                 lse[b, i] = scores.logsumexp(-1)
                 out[b, i] = scores.softmax(-1) @ rows[:, :v_dim]
     return out.to(q.dtype), lse
-
-
-def _fields(rows: Tensor, v_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """fp8 rows [..., bytes], each at a multiple of 4 bytes -> views: uint8 codes, fp32 scales, bf16 rotated values."""
-    rows = rows.view(torch.uint8)
-    end = v_dim + v_dim // TILE * 4
-    return rows[..., :v_dim], rows[..., v_dim:end].view(torch.float32), rows[..., end:].view(torch.bfloat16)
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
@@ -278,7 +271,7 @@ def _triton_decode(
     block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
     fp8 = kv_cache.dtype == torch.uint8
     kv_cache = _aligned(kv_cache) if fp8 else kv_cache if kv_cache.stride(2) == 1 else kv_cache.contiguous()
-    cache, scales, rotary = _fields(kv_cache, v_dim) if fp8 else (kv_cache,) * 3
+    cache, scales, rotary = row_fields(kv_cache, v_dim) if fp8 else (kv_cache,) * 3
     out = q.new_empty(batch, new, heads, v_dim)
     lse = q.new_empty(batch, new, heads, dtype=torch.float32)
     kernel = "mla_decode_fp8" if fp8 else "mla_decode_fp32" if q.dtype == torch.float32 else "mla_decode"
@@ -334,7 +327,7 @@ def _wide_rows(q: Tensor, kv_cache: Tensor, block_table: Tensor, length: int, v_
     rows = _rows(kv_cache, block_table, length)
     if rows.dtype != torch.uint8:
         return rows
-    codes, scales, rotary = _fields(_aligned(rows), v_dim)
+    codes, scales, rotary = row_fields(_aligned(rows), v_dim)
     dtype = torch.float32 if q.dtype == torch.float64 else q.dtype
     return torch.cat((dequantize_tiles(codes.view(E4M3), scales, dtype), rotary.to(dtype)), dim=-1).to(q.dtype)
 
@@ -395,29 +388,7 @@ def _(
     return q.new_empty(batch, new, heads, v_dim), lse
 
 
-# --- public ops -------------------------------------------------------------------------------------------------------
-
-
-def _fp8_row_bytes(latent: int, rotary: int) -> int:
-    if latent % TILE or rotary % 2:
-        allowed = f"multiples of {TILE} and of 2"
-        raise ValueError(f"an fp8 row: got {latent} latent and {rotary} rotated values, allowed are {allowed}")
-    return latent + latent // TILE * 4 + rotary * 2
-
-
-def quantize_latent_cache(latent: Tensor, rotary: Tensor, scale_format: ScaleFormat = "ue8m0") -> Tensor:
-    """latent [..., Dc] and rotated keys [..., Dr], fp32, bf16 or fp16 -> fp8 rows [..., Dc + Dc / 32 + 2 Dr] uint8, to
-    be written into the cache of `mla_decode`. Scales are powers of two, so that code * scale is a bf16 number, or with
-    `scale_format` "fp32" amax / 448. Dc is a multiple of 128, Dr of 2, else ValueError; further errors are those of
-    `quantize_tiles`."""
-    check_shape("rotary", rotary, (*latent.shape[:-1], None))
-    width = _fp8_row_bytes(latent.shape[-1], rotary.shape[-1])
-    rows = latent.new_empty(*latent.shape[:-1], width, dtype=torch.uint8)
-    codes, scales = quantize_tiles(latent, scale_format)
-    values = codes.view(torch.uint8), scales, rotary
-    for field, value in zip(_fields(rows, latent.shape[-1]), values, strict=True):
-        field.copy_(value)
-    return rows
+# --- public op --------------------------------------------------------------------------------------------------------
 
 
 def mla_decode(
@@ -441,7 +412,7 @@ def mla_decode(
     if not 0 < v_dim <= width:
         raise ValueError(f"v_dim: got {v_dim}, allowed is 1 to the row's {width}")
     fp8 = kv_cache.dtype in (torch.uint8, E4M3)
-    check_shape("kv_cache", kv_cache, (None, None, _fp8_row_bytes(v_dim, width - v_dim) if fp8 else width))
+    check_shape("kv_cache", kv_cache, (None, None, row_bytes(v_dim, width - v_dim) if fp8 else width))
     check_shape("block_table", block_table, (batch, None))
     check_shape("seq_lens", seq_lens, (batch,))
     if kv_cache.dtype != q.dtype and not fp8:
