@@ -29,6 +29,10 @@ def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return kernels.mla_attention(q, k, v, CU_SEQLENS)
 
 
+def _attention_of_parts(q: Tensor, k_nope: Tensor, k_pe: Tensor, v: Tensor) -> Tensor:
+    return kernels.mla_attention(q, (k_nope, k_pe), v, CU_SEQLENS)
+
+
 def _cross_entropy(x: Tensor, weight: Tensor) -> Tensor:
     return kernels.linear_cross_entropy(x, weight, TARGETS)
 
@@ -44,6 +48,11 @@ def _permute_and_back(x: Tensor, weight: Tensor) -> Tensor:
 
 def _attention_inputs() -> list[Tensor]:
     return [torch.randn(TOKENS, 2, 6), torch.randn(TOKENS, 2, 6), torch.randn(TOKENS, 2, 4)]
+
+
+def _attention_of_parts_inputs() -> list[Tensor]:
+    q, k, v = _attention_inputs()
+    return [q, k[..., :4].clone(), torch.randn(TOKENS, 1, 2), v]
 
 
 def _cross_entropy_inputs() -> list[Tensor]:
@@ -64,6 +73,7 @@ CASES: dict[str, tuple[Op, Inputs]] = {
     "smoothed cross-entropy, computed again": (_smoothed_cross_entropy, _cross_entropy_inputs),
     "attention, computed again": (_attention, _attention_inputs),
     "attention": (_attention, _attention_inputs),
+    "attention of parts": (_attention_of_parts, _attention_of_parts_inputs),
     "attention, both ways": (
         lambda q, k, v: kernels.mla_attention(q, k, v, CU_SEQLENS, causal=False),
         _attention_inputs,
