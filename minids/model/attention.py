@@ -14,6 +14,15 @@ from minids.config import ModelConfig
 from minids.model.norm import RMSNorm
 
 
+def _columns_apart(projection: nn.Linear, x: Tensor, heads: int, first: int) -> tuple[Tensor, Tensor]:
+    """x [T, K] -> the `first` columns of each head's projection [T, H, first], and the rest. Two products: those of one
+    would have to be put together again in the backward."""
+    weight = projection.weight.unflatten(0, (heads, -1))
+    parts = weight.split([first, weight.shape[1] - first], dim=1)
+    one, other = (F.linear(x, part.flatten(0, 1)).unflatten(-1, (heads, -1)) for part in parts)
+    return one, other
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -41,22 +50,18 @@ class Attention(nn.Module):
         q, latent, rotary = F.linear(x, weight).split(
             [first.out_features, config.kv_lora_rank, config.qk_rope_head_dim], dim=-1
         )
-        if config.q_lora_rank is not None:
-            q = self.q_b_proj(self.q_a_layernorm(q))
-        q_nope, q_pe = q.unflatten(-1, (-1, config.qk_head_dim)).split(
-            [config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1
-        )
+        heads, nope = config.num_attention_heads, config.qk_nope_head_dim
+        if config.q_lora_rank is None:
+            q_nope, q_pe = q.unflatten(-1, (heads, -1)).split([nope, config.qk_rope_head_dim], dim=-1)
+        else:
+            q_nope, q_pe = _columns_apart(self.q_b_proj, self.q_a_layernorm(q), heads, nope)
         k_pe = rope(rotary.unsqueeze(1), cos, sin).squeeze(1)
         return (q_nope, rope(q_pe, cos, sin)), self.kv_a_layernorm(latent), k_pe
 
     def attend(self, q: tuple[Tensor, Tensor], latent: Tensor, k_pe: Tensor, cu_seqlens: Tensor) -> Tensor:
         """What `project` gave, keys and values expanded from latents -> [T, H, V]; cu_seqlens int32 [documents + 1]."""
         config = self.config
-        k_nope, v = (
-            self.kv_b_proj(latent)
-            .unflatten(-1, (config.num_attention_heads, -1))
-            .split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
-        )
+        k_nope, v = _columns_apart(self.kv_b_proj, latent, config.num_attention_heads, config.qk_nope_head_dim)
         return mla_attention(q, (k_nope, k_pe.unsqueeze(1)), v, cu_seqlens, scale=config.softmax_scale)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor) -> Tensor:
