@@ -102,9 +102,10 @@ def tuning() -> dict[str, Tuning]:
         grid = combinations(ROWS=(1, 2, 4, 8, 16), GROUPS=(1, 2, 4, 8, 16), num_warps=(2, 4, 8))
         return [c for c in grid if c["GROUPS"] * 128 <= shape["N"] and 4 <= c["ROWS"] * c["GROUPS"] <= 32]
 
+    backward = combinations(num_warps=(4, 8, 16, 32)) + combinations(num_warps=(8,), maxnreg=(128,))
     return {
         "swiglu_quant": Tuning(bind(False), forward),
-        "swiglu_backward_quant": Tuning(bind(True), lambda shape: combinations(num_warps=(4, 8, 16, 32))),
+        "swiglu_backward_quant": Tuning(bind(True), lambda shape: backward),
     }
 
 

@@ -17,7 +17,7 @@ from benchmarks.run import OPS
 
 CPU = torch.device("cpu")
 CONFIGS = Path(_launch.__file__).parent / "configs"
-OPTIONS = {"num_warps", "num_stages"}
+OPTIONS = {"num_warps", "num_stages", "maxnreg"}
 VARIANTS = {"TMA", "SWAP", "PERSISTENT", "STAGES"}  # fp8_gemm's: which kernel is launched, and its pipeline
 
 
