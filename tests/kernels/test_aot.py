@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.aot import ARCHS, ROOMS, Compiled
+from benchmarks.aot import ARCHS, HIP, ROOMS, Compiled
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,15 +48,23 @@ TMA = {"_fp8_gemm_tma_kernel", "_fp8_gemm_persistent_kernel"}
 SMALL_TILES = {"_mla_decode_kernel"}
 
 
+# rooms that serve AMD's MI300 as they are. The others do not yet: fp8 products spill there, grouped ones need
+# more shared memory than it has, and mla_decode's kernel does not compile.
+HIP_ROOMS = (
+    "cross_entropy", "fp8_quant", "mla_attention", "mla_cache", "moe_gate", "rms_norm", "rms_norm_quant", "swiglu",
+    "swiglu_quant",
+)  # fmt: skip
+
+
 @functools.cache
-def compiled(room: str, every: bool) -> dict[str, list[Compiled]]:
+def compiled(room: str, every: bool, archs: tuple[str, ...] = ARCHS) -> dict[str, list[Compiled]]:
     """By architecture. In a process of its own: this one interprets its kernels."""
     environment = {
         name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "MINIDS_KERNELS")
     }
-    command = [sys.executable, "-m", "benchmarks.aot", "--rooms", room, "--workers", "1", *(["--all"] if every else [])]
+    command = [sys.executable, "-m", "benchmarks.aot", "--rooms", room, "--workers", "1", "--archs", *archs]
     run = subprocess.run(
-        command,
+        [*command, *(["--all"] if every else [])],
         cwd=ROOT,
         env=environment | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
         capture_output=True,
@@ -64,7 +72,7 @@ def compiled(room: str, every: bool) -> dict[str, list[Compiled]]:
     )
     assert run.returncode == 0, run.stderr[-3000:]
     results = [Compiled(**json.loads(line)) for line in run.stdout.splitlines()]
-    return {arch: [r for r in results if r.arch == arch] for arch in ARCHS}
+    return {arch: [r for r in results if r.arch == arch] for arch in archs}
 
 
 def check(result: Compiled) -> None:
@@ -85,6 +93,15 @@ def test_main_launches(room: str) -> None:
     for arch in ARCHS:
         for result in results[arch]:
             check(result)
+
+
+@pytest.mark.parametrize("room", HIP_ROOMS)
+def test_main_launches_on_hip(room: str) -> None:
+    results = compiled(room, False, HIP)
+    assert all(results.values())
+    for result in (r for found in results.values() for r in found):
+        assert result.spills == 0 and result.fits, result
+        assert any(name.startswith("v_mfma") for name in result.instructions) == (result.kernel in PRODUCTS), result
 
 
 @pytest.mark.slow
