@@ -506,7 +506,8 @@ def mla_attention(
             raise ValueError(f"q: got {width} columns, allowed are up to {MAX_WIDTH}")
         if v.shape[2] > MAX_V_WIDTH:
             raise ValueError(f"v: got {v.shape[2]} columns, allowed are up to {MAX_V_WIDTH}")
-        if sum(_padded(x.shape[2]) for x in max(queries, keys, key=len)) > MAX_WIDTH:  # too wide when apart
+        apart = max(queries, keys, key=len)
+        if len(apart) == 2 and sum(_padded(x.shape[2]) for x in apart) > MAX_WIDTH:  # wider than kernels hold
             queries, keys = ([torch.cat([x.expand(-1, heads, -1) for x in parts], -1)] for parts in (queries, keys))
         cu_seqlens = cu_seqlens.to(v.device, torch.int32)
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (*queries, *keys, v))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from typing import Any
 
@@ -131,6 +132,24 @@ def test_parts_of_rows_apart(
         lambda *tensors: mla_attention(*rows(*tensors), cu_seqlens), wanted, tensors, mode, roundings=ROUNDINGS,
         length=33 + nope + rope, device=device,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_shared_keys_are_not_copied_to_heads(apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At DeepSeek-V3's widths the operator gets what was given."""
+    monkeypatch.setattr(_launch, "BACKEND", "triton")
+    seen: list[Any] = []
+
+    def operator(*args: Any) -> tuple[Tensor, ...]:
+        seen.extend(args[:5])
+        return torch.zeros(4, 2, 128), torch.zeros(2, 4), torch.zeros(0)
+
+    monkeypatch.setattr(importlib.import_module("minids_kernels.mla_attention"), "_mla_attention", operator)
+    q, k, k_pe, v = (torch.zeros(4, *shape) for shape in ((2, 192), (1, 128 if apart else 192), (1, 64), (1, 128)))
+    mla_attention(q, (k, k_pe) if apart else k, v, cumulative([4]))
+    assert [None if x is None else x.data_ptr() for x in seen] == [
+        q.data_ptr(), None, k.data_ptr(), k_pe.data_ptr() if apart else None, v.data_ptr(),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 2, 100])
