@@ -54,7 +54,7 @@ def _case(tokens: int, latent: int, rotary: int, fp8: bool, device: torch.device
     def make() -> Inputs:
         kv, angle = (
             normal(tokens, latent + rotary, device=device, dtype=DTYPE),
-            normal(tokens, rotary // 2, device=device),
+            normal(tokens, rotary // 2, device=device, dtype=torch.float32),
         )
         pages = -(-tokens // PAGE)
         if fp8:
