@@ -5,9 +5,9 @@ the fp8 products of a DeepSeek-V3 layer (arXiv 2412.19437, section 3.3).
     dtype in between
 
 x [..., N] in fp32, bf16 or fp16, weight [N], N from 1 to 65,536; tiles, scales and codes as in fp8_quant.py. With a
-residual, x + residual is rounded to x's dtype, normalised and returned as well. `transposed` adds the 128x1 tiles that
-the weight gradient multiplies; those need 128 rows side by side, so a second kernel reads x once more with the first
-one's statistics. Not differentiable. Runs on every GPU Triton knows.
+residual, x + residual is rounded to the residual's dtype, normalised and returned as well. `transposed` adds the 128x1
+tiles that the weight gradient multiplies; those need 128 rows side by side, so a second kernel reads x once more with
+the first one's statistics. Not differentiable. Runs on every GPU Triton knows.
 Test: tests/kernels/test_rms_norm_quant.py. Benchmark: benchmarks/ops/rms_norm_quant.py.
 """
 
@@ -207,10 +207,10 @@ def rms_norm_quant(
     transposed: bool = False,
 ) -> tuple[Tensor, ...]:
     """x [..., N] fp32, bf16 or fp16, weight [N] -> codes [..., N] e4m3, scales [..., ceil(N / 128)] fp32; with
-    `residual` [..., N] in x's dtype those of x + residual, then x + residual itself; with `transposed`, of x as [M, N]:
-    last codes [N, M] and scales [N, ceil(M / 128)] of 128x1 tiles. Not differentiable.
+    `residual` [..., N] in x's dtype or fp32 those of x + residual, then x + residual itself; with `transposed`,
+    of x as [M, N]: last codes [N, M] and scales [N, ceil(M / 128)] of 128x1 tiles. Not differentiable.
 
-    Raises TypeError for another dtype or a residual of another dtype than x's, ValueError for a weight that is not [N],
+    Raises TypeError for another dtype or a residual of a dtype not allowed, ValueError for a weight that is not [N],
     a residual of another shape, N over 65,536 or a `scale_format` other than "fp32" and "ue8m0".
     """
     ue8m0 = _check_input("x", x, scale_format)

@@ -57,7 +57,7 @@ def _step(model: DeepseekV3, input_ids: Tensor, cache: LatentCache) -> Tensor:
     cache.reserve(new)
     positions = torch.arange(start, length, device=input_ids.device).repeat(batch)
     cos, sin = rope_angles(model.config, positions)
-    bounds = torch.arange(0, batch * new + 1, new, dtype=torch.int32)
+    bounds = torch.arange(0, batch * new + 1, max(new, 1), dtype=torch.int32)
     x, residual = model.model.embed_tokens(input_ids.flatten()), None
     for layer, rows in zip(blocks(model), cache.rows, strict=True):
         attention = layer.self_attn
