@@ -66,3 +66,13 @@ def test_truncating_to_an_impossible_length(length: int) -> None:
     cache.length = 7
     with pytest.raises(ValueError, match=f"length: got {length}, allowed is 0 to the cache's 7"):
         cache.truncate(length)
+
+
+def test_no_new_tokens_change_nothing() -> None:
+    model = LanguageModel(CONFIG)
+    cache = model.new_cache()
+    model.forward_cached(torch.randint(64, (1, 5)), cache)
+    before = cache.rows[:, :, :5].clone()
+    logits = model.forward_cached(torch.empty(1, 0, dtype=torch.long), cache)
+    assert logits.shape == (1, 0, 64)
+    assert cache.length == 5 and torch.equal(cache.rows[:, :, :5], before)
