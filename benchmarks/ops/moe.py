@@ -200,7 +200,7 @@ def main() -> None:
     active = MINI.moe_intermediate_size * (MINI.num_experts_per_tok + MINI.n_shared_experts)
     dense = MLP(MINI.hidden_size, active)
     layers: dict[str, tuple[nn.Module, Callable[[Tensor], Tensor]]] = {
-        OURS: (ours, lambda x: ours(x.flatten(0, 1), x.shape[0])[0]),
+        OURS: (ours, lambda x: ours(x.flatten(0, 1))[0]),
         "dense": (dense, lambda x: dense(x.flatten(0, 1))),
     }
     for experts in ("eager", "grouped_mm"):

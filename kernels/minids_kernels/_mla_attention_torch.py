@@ -10,14 +10,14 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 QUERY_BLOCK = 64  # rows of scores in memory at once, a document and head
 SCORES = 1 << 20  # scores worked on at once where documents are short: what stays in a CPU's caches
-KEPT_ELEMENTS = 1 << 23  # probabilities kept for the backward at most; computed again where there are more
+KEPT_ELEMENTS = 1 << 23  # of laid out rows and probabilities for the backward at most; made again where there are more
 
 
 def statistic(x: Tensor) -> torch.dtype:
@@ -55,9 +55,13 @@ class _Rectangle:
             x = x.index_select(0, self.gather.to(x.device))
         return x.unflatten(0, (self.rows, self.length)).transpose(1, 2)
 
-    def take(self, parts: list[Tensor], heads: int) -> Tensor:
-        """[T, H or 1, D], or two parts of its columns -> [rows * H, length, D], a view if it can be."""
+    def take(self, parts: list[Tensor], heads: int, out: Tensor | None = None) -> Tensor:
+        """[T, H or 1, D], or two parts of its columns -> [rows * H, length, D], in `out` if given, else a view if it
+        can be."""
         laid_out = [self._laid_out(part.expand(-1, heads, -1)) for part in parts]
+        if out is not None:
+            torch.cat(laid_out, -1, out=out.unflatten(0, (self.rows, heads)))
+            return out
         return (laid_out[0] if len(parts) == 1 else torch.cat(laid_out, -1)).flatten(0, 1)
 
     def put(self, parts: list[Tensor], x: Tensor) -> None:
@@ -107,37 +111,46 @@ def _bounds(cu_seqlens: Tensor, tokens: int) -> tuple[int, ...]:
     return bounds
 
 
-def _shapes(rectangle: _Rectangle, heads: int) -> list[tuple[int, int, int]]:
-    """[B, M, N] of each block's probabilities."""
-    return [(rectangle.rows * heads, rows.stop - rows.start, seen.stop) for rows, seen in rectangle.blocks]
+def _shapes(rectangle: _Rectangle, heads: int, widths: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Of what the forward keeps of a rectangle: q, k, v as laid out, rows of `widths`, and each block's probabilities
+    [B, M, N]."""
+    batch = rectangle.rows * heads
+    laid_out = [(batch, rectangle.length, width) for width in widths]
+    return laid_out + [(batch, rows.stop - rows.start, seen.stop) for rows, seen in rectangle.blocks]
 
 
-def _kept_size(rectangles: list[_Rectangle], heads: int) -> int:
-    """Number of probabilities that are kept: all or none."""
-    size = sum(math.prod(shape) for rectangle in rectangles for shape in _shapes(rectangle, heads))
+def _kept_size(rectangles: list[_Rectangle], heads: int, widths: Sequence[int]) -> int:
+    """Number of elements that are kept: all or none."""
+    size = sum(math.prod(shape) for rectangle in rectangles for shape in _shapes(rectangle, heads, widths))
     return size if size <= KEPT_ELEMENTS else 0
 
 
-def _places(kept: Tensor, rectangles: list[_Rectangle], heads: int) -> Iterator[list[Tensor | None]]:
-    """For each rectangle the places of its blocks' probabilities in `kept`, None where there are none."""
+def _places(
+    kept: Tensor, rectangles: list[_Rectangle], heads: int, widths: Sequence[int]
+) -> Iterator[list[Tensor | None]]:  # fmt: skip
+    """For each rectangle the places of `_shapes` in `kept`, None where nothing is kept."""
     first = 0
     for rectangle in rectangles:
         places: list[Tensor | None] = []
-        for shape in _shapes(rectangle, heads):
+        for shape in _shapes(rectangle, heads, widths):
             places.append(kept[first : first + math.prod(shape)].view(shape) if kept.numel() else None)
             first += math.prod(shape)
         yield places
 
 
-def _product(a: Tensor, b: Tensor, alpha: float = 1.0, out: Tensor | None = None) -> Tensor:
-    """alpha a b of batches, in `out` if given."""
-    return torch.baddbmm(a.new_empty(()) if out is None else out, a, b, beta=0, alpha=alpha, out=out)
+def _widths(*rows: list[Tensor]) -> list[int]:
+    return [sum(part.shape[-1] for part in x) for x in rows]
 
 
-def _scores(q: Tensor, k: Tensor, hidden: Tensor, scale: float, out: Tensor | None) -> Tensor:
+def _product(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    """alpha a b of batches."""
+    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=alpha)
+
+
+def _scores(q: Tensor, k: Tensor, hidden: Tensor, scale: float) -> Tensor:
     """Query block q [B, M, D] against the keys k [B, N, D] that it may see -> [B, M, N]; `hidden` [M, M] is added for
     the last ones, and is [0, 0] where nothing is causal."""
-    scores = _product(q, k.transpose(1, 2), scale, out)
+    scores = _product(q, k.transpose(1, 2), scale)
     if hidden.numel():
         scores[:, :, -hidden.shape[0] :] += hidden
     return scores
@@ -156,17 +169,19 @@ def forward(
     rectangles = _rectangles(_bounds(cu_seqlens, tokens), heads, causal)
     out, hidden = v.new_empty(tokens, heads, v.shape[-1]), _hidden(v, causal)
     lse = v.new_empty(tokens if with_lse else 0, heads, 1, dtype=statistic(v))
-    kept = v.new_empty(_kept_size(rectangles, heads) if keep else 0)
-    for rectangle, places in zip(rectangles, _places(kept, rectangles, heads), strict=True):
-        qr, kr, vr = (rectangle.take(x, heads) for x in (q, k, [v]))
+    widths = _widths(q, k, [v])
+    kept = v.new_empty(_kept_size(rectangles, heads, widths) if keep else 0)
+    for rectangle, places in zip(rectangles, _places(kept, rectangles, heads, widths), strict=True):
+        qr, kr, vr = (rectangle.take(x, heads, place) for x, place in zip((q, k, [v]), places[:3], strict=True))
         result = vr.new_empty(vr.shape)
         sums = lse.new_empty(*vr.shape[:2], 1) if with_lse else None
-        for (rows, seen), place in zip(rectangle.blocks, places, strict=True):
+        for (rows, seen), place in zip(rectangle.blocks, places[3:], strict=True):
             ahead = hidden[: rows.stop - rows.start, : rows.stop - rows.start]
-            scores = _scores(qr[:, rows], kr[:, seen], ahead, scale, place)
+            scores = _scores(qr[:, rows], kr[:, seen], ahead, scale)
             if sums is not None:
                 sums[:, rows, 0] = scores.to(lse.dtype).logsumexp(-1)
-            result[:, rows] = torch.bmm(torch.softmax(scores, -1, out=scores), vr[:, seen])
+            p = torch.softmax(scores, -1, out=scores if place is None else place)
+            result[:, rows] = torch.bmm(p, vr[:, seen])
         rectangle.put([out], result)
         if sums is not None:
             rectangle.put([lse], sums)
@@ -180,14 +195,15 @@ def backward(
     tokens, heads, _ = q[0].shape
     dq, dk, dv = ([part.new_empty(part.shape) for part in x] for x in (q, k, [v]))
     rectangles, hidden = _rectangles(_bounds(cu_seqlens, tokens), heads, causal), _hidden(v, causal)
-    for rectangle, places in zip(rectangles, _places(kept, rectangles, heads), strict=True):
-        qr, kr, vr = (rectangle.take(x, heads) for x in (q, k, [v]))
+    for rectangle, places in zip(rectangles, _places(kept, rectangles, heads, _widths(q, k, [v])), strict=True):
+        laid_out = zip((q, k, [v]), places[:3], strict=True)
+        qr, kr, vr = (rectangle.take(x, heads) if place is None else place for x, place in laid_out)
         dor = rectangle.take_gradient(dout)
         dqr, dkr, dvr = qr.new_empty(qr.shape), None, None
-        for (rows, seen), p in zip(reversed(rectangle.blocks), reversed(places), strict=True):
+        for (rows, seen), p in zip(reversed(rectangle.blocks), reversed(places[3:]), strict=True):
             if p is None:
                 ahead = hidden[: rows.stop - rows.start, : rows.stop - rows.start]
-                p = _scores(qr[:, rows], kr[:, seen], ahead, scale, None)
+                p = _scores(qr[:, rows], kr[:, seen], ahead, scale)
                 torch.softmax(p, -1, out=p)
             dp = torch.bmm(dor[:, rows], vr[:, seen].transpose(1, 2))
             ds = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)

@@ -306,11 +306,12 @@ def _torch_bwd(
     if kept:
         scale = dloss.to(dtype).unsqueeze(1)
         scaled, w = x.to(dtype) * scale, weight.to(dtype)
-        dx, dweight = x.new_empty(x.shape, dtype=dtype), torch.zeros_like(w)
-        for chunk, grad in zip(_pieces(x.shape[0], weight.shape[0], CHUNK_ELEMENTS), kept, strict=False):
+        dx, dweight = x.new_empty(x.shape, dtype=dtype), torch.empty_like(w)
+        chunks = _pieces(x.shape[0], weight.shape[0], CHUNK_ELEMENTS) or [slice(0, 0)]
+        for i, (chunk, grad) in enumerate(zip(chunks, kept, strict=False)):
             grad = grad[: chunk.stop - chunk.start]
             torch.mm(grad, w, out=dx[chunk])
-            dweight.addmm_(grad.T, scaled[chunk])
+            _multiply(dweight, grad.T, scaled[chunk], add=i > 0)
         dx.mul_(scale)
     else:
         dx, dweight = _chunked_bwd(dloss, x, weight, targets, lse, ignore_index, label_smoothing, z_loss, dtype)
