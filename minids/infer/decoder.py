@@ -2,14 +2,17 @@
 
 At batch 1 every weight is read once a token and the rest is the cost of calling operators, so this does the arithmetic
 of `forward.py` in few calls: matrix-vector products into buffers made once, projections of one input joined into one
-matrix, an RMSNorm's statistic and the router's choice as Python numbers, rotations as complex products. It is written
-in numpy, whose BLAS takes 0.6 us to call, runs on all cores, and reads a matrix stored by columns 1.2 to 6 times as
-fast as torch.mv. (Its threads and torch's slow each other down: torch operators here are ones that run on one.) For
-that the weights are copied, 3 ms a million. A few sequences take turns layer by layer, while the layer's weights are in
-the processor's caches. Figures: benchmarks/decode.py.
+matrix, an RMSNorm's statistic and the router's choice as Python numbers, rotations as complex products. Weights are
+read by numpy, whose BLAS takes 0.6 us to call, runs on all cores and reads a matrix stored by columns 1.2 to 6 times as
+fast as torch.mv; for that they are copied, 3 ms a million. What a context's length multiplies is torch's, which on one
+core is as fast as numpy on two (with more, its threads and numpy's would wait for each other). A few sequences take
+turns layer by layer, while the layer's weights are in the processor's caches. Figures: benchmarks/decode.py.
 """
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -40,6 +43,17 @@ def _column_major(*parts: Tensor) -> Array:
 
 def _empty(*shape: int) -> Array:
     return np.empty(shape, np.float32)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """For torch's operators."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Norm:
@@ -80,13 +94,14 @@ class _Attention:
         up = module.kv_b_proj.weight.detach().view(heads, -1, latent)
         w_uk, w_uv = up.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
         self.w_uk, self.w_uv = (w_uk * config.softmax_scale).numpy(), w_uv.contiguous().numpy()
-        self.absorbed = _empty(heads, latent + rotary)
-        self.absorbed_nope = self.absorbed[:, None, :latent]
-        self.absorbed_rotary = self.absorbed[:, latent:].view(np.complex64)
+        self.absorbed = torch.empty(heads, latent + rotary)
+        absorbed = self.absorbed.numpy()
+        self.absorbed_nope = absorbed[:, None, :latent]
+        self.absorbed_rotary = absorbed[:, latent:].view(np.complex64)
         self.out = _empty(heads, config.v_head_dim, 1)
         self.w_out = _column_major(module.o_proj.weight)
 
-    def __call__(self, x: Array, turn: Array, q_turn: Array, rows: Array, latent: Array, key: Array) -> None:
+    def __call__(self, x: Array, turn: Array, q_turn: Array, rows: Tensor, latent: Array, key: Array) -> None:
         """Adds the attention's output to x [D]. rows [T, C + R] of all tokens, latent [C] and complex key [R/2] the new
         one's part of them; turn [R/2] its complex rotation, q_turn that times the softmax scale."""
         np.dot(self.w_in, self.norm(x), out=self.joined)
@@ -96,11 +111,8 @@ class _Attention:
             np.dot(self.w_q, self.q_norm(self.q_low), out=self.q)
         np.matmul(self.nope, self.w_uk, out=self.absorbed_nope)
         np.multiply(self.rotary, q_turn, out=self.absorbed_rotary)
-        scores = np.dot(rows, self.absorbed.T).T.copy()  # twice as fast as absorbed @ rows.T, the copy included
-        scores -= np.maximum.reduce(scores, axis=1, keepdims=True)
-        np.exp(scores, out=scores)
-        seen = np.dot(scores, rows)[:, : self.latent_width]  # the whole rows: a part would be copied first
-        seen /= np.add.reduce(scores, axis=1, keepdims=True)
+        scores = torch.mm(self.absorbed, rows.T)
+        seen = torch.mm(torch.softmax(scores, 1, out=scores), rows).numpy()[:, : self.latent_width]
         np.matmul(self.w_uv, seen[..., None], out=self.out)
         x += np.dot(self.w_out, self.out.reshape(-1))
 
@@ -207,15 +219,16 @@ class Decoder:
             self.turns = torch.complex(*rope_angles(self.config, torch.arange(cache.capacity))).numpy()
         turn = self.turns[place]
         q_turn = turn * np.float32(self.config.softmax_scale)
-        rows = cache.rows.flatten(0, 1)[:, : place + 1].numpy()
-        new = rows[:, place]
+        rows = cache.rows.flatten(0, 1)[:, : place + 1]
+        new = rows[:, place].numpy()
         latents, keys = new[:, :latent], new[:, latent:].view(np.complex64)
-        views = zip(rows, latents, keys, strict=True)
+        views = zip(rows.unbind(), latents, keys, strict=True)
         sequences = self.embedding[tokens].numpy()
-        for attention, feed_forward in self.layers:
-            for x in sequences:
-                attention(x, turn, q_turn, *next(views))
-                feed_forward(x)
+        with _one_thread():
+            for attention, feed_forward in self.layers:
+                for x in sequences:
+                    attention(x, turn, q_turn, *next(views))
+                    feed_forward(x)
         cache.length = place + 1
         return torch.from_numpy(np.stack([np.dot(self.head, self.norm(x)) for x in sequences]))
 
