@@ -25,18 +25,14 @@ def statistic(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-class _Rectangle:
-    """`rows` documents of at most `length` tokens side by side. Equally long neighbours are tokens `first`.. of the
-    input. Otherwise `gather` [rows * length] holds token numbers (a document's last token repeated behind its end), and
-    `tokens` and `places` say which token each real place is. `blocks`: query rows taken at once, and how many keys they
-    may see."""
+class _Side:
+    """Where the tokens of `documents` (their bounds) lie, as rectangles see them: `rows` documents of at most `length`
+    tokens side by side. Equally long neighbours are tokens `first`.. of the input. Otherwise `gather` [rows * length]
+    holds token numbers (a document's last token repeated behind its end), and `tokens` and `places` say which token
+    each real place is."""
 
-    def __init__(self, documents: list[tuple[int, int]], causal: bool) -> None:
+    def __init__(self, documents: list[tuple[int, int]]) -> None:
         self.rows, self.length, self.first = len(documents), max(e - s for s, e in documents), documents[0][0]
-        ends = (min(start + QUERY_BLOCK, self.length) for start in range(0, self.length, QUERY_BLOCK))
-        self.blocks = [
-            (slice(i * QUERY_BLOCK, end), slice(0, end if causal else self.length)) for i, end in enumerate(ends)
-        ]
         self.gather = self.tokens = self.places = None
         starts = range(self.first, self.first + self.rows * self.length, self.length)
         if documents == [(start, start + self.length) for start in starts]:
@@ -86,36 +82,66 @@ class _Rectangle:
         return padded.view(self.rows, self.length, *x.shape[1:]).transpose(1, 2).flatten(0, 1)
 
 
+class _Rectangle:
+    """Documents worked on at once, whose queries and keys lie at `queries` and `keys`. `blocks`: query rows taken at
+    once, and how many keys they may see; rows before the first see none."""
+
+    def __init__(self, queries: list[tuple[int, int]], keys: list[tuple[int, int]], causal: bool) -> None:
+        self.q = _Side(queries)
+        self.k = self.q if keys == queries else _Side(keys)
+        length, ahead = self.q.length, self.k.length - self.q.length  # the last row sees the last key
+        rows = [
+            slice(start, min(start + QUERY_BLOCK, length))
+            for start in range(max(0, -ahead) if causal else 0, length, QUERY_BLOCK)
+        ]
+        self.blocks = [(block, slice(0, block.stop + ahead if causal else self.k.length)) for block in rows]
+
+
 @functools.lru_cache(maxsize=16)
-def _rectangles(bounds: tuple[int, ...], heads: int, causal: bool) -> list[_Rectangle]:
-    """Documents grouped so that padding adds at most a quarter to a causal document's length (none otherwise), and so
-    that a block of query rows has at most SCORES scores."""
-    groups: dict[int, list[tuple[int, int]]] = {}
-    for start, end in itertools.pairwise(bounds):
-        length = end - start
-        if length == 0:
+def _rectangles(
+    bounds: tuple[int, ...], key_bounds: tuple[int, ...], heads: int, causal: bool
+) -> list[_Rectangle]:  # fmt: skip
+    """Documents that have queries and keys, grouped so that a block of query rows has at most SCORES scores. Where
+    queries are their own keys, padding adds at most a quarter to a causal document's length, else there is none."""
+    groups: dict[tuple[int, int], list[tuple[tuple[int, int], tuple[int, int]]]] = {}
+    for queries, keys in zip(itertools.pairwise(bounds), itertools.pairwise(key_bounds), strict=True):
+        lengths = queries[1] - queries[0], keys[1] - keys[0]
+        if 0 in lengths:
             continue
-        step = max(8, 1 << max(0, length.bit_length() - 3)) if causal else 1
-        groups.setdefault(-(-length // step) * step, []).append((start, end))
+        step = max(8, 1 << max(0, lengths[0].bit_length() - 3)) if causal and key_bounds == bounds else 1
+        group = -(-lengths[0] // step) * step, -(-lengths[1] // step) * step
+        groups.setdefault(group, []).append((queries, keys))
     rectangles = []
-    for length, group in sorted(groups.items()):
-        size = max(1, SCORES // (max(1, heads) * min(length, QUERY_BLOCK) * length))
-        rectangles += [_Rectangle(group[i : i + size], causal) for i in range(0, len(group), size)]
+    for (length, seen), documents in sorted(groups.items()):
+        size = max(1, SCORES // (max(1, heads) * min(length, QUERY_BLOCK) * seen))
+        for i in range(0, len(documents), size):
+            some = documents[i : i + size]
+            rectangles.append(_Rectangle([q for q, _ in some], [k for _, k in some], causal))
     return rectangles
 
 
-def _bounds(cu_seqlens: Tensor, tokens: int) -> tuple[int, ...]:
+def _bounds(name: str, cu_seqlens: Tensor, tokens: int) -> tuple[int, ...]:
     bounds = tuple(cu_seqlens.tolist())
     if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in itertools.pairwise(bounds)):
-        raise ValueError(f"cu_seqlens: got {list(bounds[:4])}...{list(bounds[-2:])}, allowed is 0, rising, to {tokens}")
+        raise ValueError(f"{name}: got {list(bounds[:4])}...{list(bounds[-2:])}, allowed is 0, rising, to {tokens}")
     return bounds
+
+
+def _work(
+    q: list[Tensor], v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, causal: bool
+) -> tuple[list[_Rectangle], bool]:  # fmt: skip
+    """-> rectangles, and whether they leave no row of q and no key out."""
+    bounds = _bounds("cu_seqlens", cu_seqlens, q[0].shape[0])
+    key_bounds = _bounds("cu_seqlens_k", cu_seqlens_k, v.shape[0]) if cu_seqlens_k is not cu_seqlens else bounds
+    return _rectangles(bounds, key_bounds, q[0].shape[1], causal), key_bounds == bounds
 
 
 def _shapes(rectangle: _Rectangle, heads: int, widths: Sequence[int]) -> list[tuple[int, int, int]]:
     """Of what the forward keeps of a rectangle: q, k, v as laid out, rows of `widths`, and each block's probabilities
     [B, M, N]."""
-    batch = rectangle.rows * heads
-    laid_out = [(batch, rectangle.length, width) for width in widths]
+    batch = rectangle.q.rows * heads
+    lengths = (rectangle.q.length, rectangle.k.length, rectangle.k.length)
+    laid_out = [(batch, length, width) for length, width in zip(lengths, widths, strict=True)]
     return laid_out + [(batch, rows.stop - rows.start, seen.stop) for rows, seen in rectangle.blocks]
 
 
@@ -162,19 +188,20 @@ def _hidden(x: Tensor, causal: bool) -> Tensor:
 
 
 def forward(
-    q: list[Tensor], k: list[Tensor], v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, with_lse: bool,
-    keep: bool,
+    q: list[Tensor], k: list[Tensor], v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, causal: bool, scale: float,
+    with_lse: bool, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     tokens, heads, _ = q[0].shape
-    rectangles = _rectangles(_bounds(cu_seqlens, tokens), heads, causal)
-    out, hidden = v.new_empty(tokens, heads, v.shape[-1]), _hidden(v, causal)
-    lse = v.new_empty(tokens if with_lse else 0, heads, 1, dtype=statistic(v))
+    rectangles, whole = _work(q, v, cu_seqlens, cu_seqlens_k, causal)
+    make = torch.empty if whole else torch.zeros
+    out, hidden = make(tokens, heads, v.shape[-1], dtype=v.dtype, device=v.device), _hidden(v, causal)
+    lse = v.new_full((tokens if with_lse else 0, heads, 1), math.inf, dtype=statistic(v))
     widths = _widths(q, k, [v])
     kept = v.new_empty(_kept_size(rectangles, heads, widths) if keep else 0)
     for rectangle, places in zip(rectangles, _places(kept, rectangles, heads, widths), strict=True):
-        qr, kr, vr = (rectangle.take(x, heads, place) for x, place in zip((q, k, [v]), places[:3], strict=True))
-        result = vr.new_empty(vr.shape)
-        sums = lse.new_empty(*vr.shape[:2], 1) if with_lse else None
+        qr, kr, vr = _laid_out(rectangle, places, q, k, v)
+        result = make(*qr.shape[:2], v.shape[-1], dtype=v.dtype, device=v.device)
+        sums = lse.new_full((*qr.shape[:2], 1), math.inf) if with_lse else None
         for (rows, seen), place in zip(rectangle.blocks, places[3:], strict=True):
             ahead = hidden[: rows.stop - rows.start, : rows.stop - rows.start]
             scores = _scores(qr[:, rows], kr[:, seen], ahead, scale)
@@ -182,24 +209,36 @@ def forward(
                 sums[:, rows, 0] = scores.to(lse.dtype).logsumexp(-1)
             p = torch.softmax(scores, -1, out=scores if place is None else place)
             result[:, rows] = torch.bmm(p, vr[:, seen])
-        rectangle.put([out], result)
+        rectangle.q.put([out], result)
         if sums is not None:
-            rectangle.put([lse], sums)
+            rectangle.q.put([lse], sums)
     return out, lse.squeeze(2).t().contiguous(), kept
+
+
+def _laid_out(
+    rectangle: _Rectangle, places: Sequence[Tensor | None], q: list[Tensor], k: list[Tensor], v: Tensor,
+    made: bool = False,
+) -> list[Tensor]:  # fmt: skip
+    """q, k, v of a rectangle, in the first of `places` if there are any: where they are already, if `made`."""
+    sides = (rectangle.q, q), (rectangle.k, k), (rectangle.k, [v])
+    return [
+        place if made and place is not None else side.take(x, q[0].shape[1], place)
+        for (side, x), place in zip(sides, places[:3], strict=True)
+    ]
 
 
 def backward(
     dout: Tensor, q: list[Tensor], k: list[Tensor], v: Tensor, out: Tensor, lse: Tensor, kept: Tensor,
-    cu_seqlens: Tensor, causal: bool, scale: float,
+    cu_seqlens: Tensor, cu_seqlens_k: Tensor, causal: bool, scale: float,
 ) -> list[Tensor]:  # fmt: skip
-    tokens, heads, _ = q[0].shape
-    dq, dk, dv = ([part.new_empty(part.shape) for part in x] for x in (q, k, [v]))
-    rectangles, hidden = _rectangles(_bounds(cu_seqlens, tokens), heads, causal), _hidden(v, causal)
+    heads, hidden = q[0].shape[1], _hidden(v, causal)
+    rectangles, whole = _work(q, v, cu_seqlens, cu_seqlens_k, causal)
+    make = torch.empty if whole else torch.zeros
+    dq, dk, dv = ([make(part.shape, dtype=part.dtype, device=part.device) for part in x] for x in (q, k, [v]))
     for rectangle, places in zip(rectangles, _places(kept, rectangles, heads, _widths(q, k, [v])), strict=True):
-        laid_out = zip((q, k, [v]), places[:3], strict=True)
-        qr, kr, vr = (rectangle.take(x, heads) if place is None else place for x, place in laid_out)
-        dor = rectangle.take_gradient(dout)
-        dqr, dkr, dvr = qr.new_empty(qr.shape), None, None
+        qr, kr, vr = _laid_out(rectangle, places, q, k, v, made=True)
+        dor = rectangle.q.take_gradient(dout)
+        dqr, dkr, dvr = make(qr.shape, dtype=v.dtype, device=v.device), None, None
         for (rows, seen), p in zip(reversed(rectangle.blocks), reversed(places[3:]), strict=True):
             if p is None:
                 ahead = hidden[: rows.stop - rows.start, : rows.stop - rows.start]
@@ -215,7 +254,7 @@ def backward(
             else:
                 dkr[:, seen] += of_k
                 dvr[:, seen] += of_v
-        for parts, gradient in ((dq, dqr), (dk, dkr), (dv, dvr)):
+        for side, parts, gradient in ((rectangle.q, dq, dqr), (rectangle.k, dk, dkr), (rectangle.k, dv, dvr)):
             if gradient is not None:
-                rectangle.put(parts, gradient)
+                side.put(parts, gradient)
     return [*dq, *dk, *dv]

@@ -1,9 +1,10 @@
 """Attention over packed documents: softmax(q k^T * scale) v within each document, causal or not.
 
 q [T, H, Dqk], k [T, Hk, Dqk], v [T, Hk, Dv] with Hk = H or 1 (shared by all heads, as MLA's rope key is), documents end
-to end, document i at tokens cu_seqlens[i]:cu_seqlens[i+1] (FlashAttention's convention). Widths of q/k and v may
-differ, as they do in multi-head latent attention (DeepSeek-V3 report, section 2.1.1). fp32, bf16 or fp16 (fp64 on the
-PyTorch path).
+to end, document i at tokens cu_seqlens[i]:cu_seqlens[i+1] (FlashAttention's convention). Its keys and values may be
+others than its queries' tokens, and more or fewer: then they lie at cu_seqlens_k[i]:cu_seqlens_k[i+1]. Widths of q/k
+and v may differ, as they do in multi-head latent attention (DeepSeek-V3 report, section 2.1.1). fp32, bf16 or fp16
+(fp64 on the PyTorch path).
 
 Kernels: FlashAttention-2 (arXiv 2307.08691) with exponentials of two in fp32, a program for each tile of rows of a
 document and head. Which document a tile lies in is searched on the device: the grid knows T and the number of documents
@@ -37,19 +38,25 @@ MAX_WIDTH, MAX_V_WIDTH = 192, 128  # on the Triton path
 
 
 def mla_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool = True, scale: float | None = None
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool = True, scale: float | None = None,
+    cu_seqlens_k: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """fp32, one document after the other; shapes as `mla_attention`."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     heads = q.shape[1]
     out = torch.empty(*q.shape[:2], v.shape[-1], dtype=torch.float32, device=q.device)
     bounds = cu_seqlens.tolist()
-    for start, end in itertools.pairwise(bounds):
-        qd, kd, vd = (x[start:end].float().expand(-1, heads, -1).transpose(0, 1) for x in (q, k, v))
+    key_bounds = bounds if cu_seqlens_k is None else cu_seqlens_k.tolist()
+    for (start, end), keys in zip(itertools.pairwise(bounds), itertools.pairwise(key_bounds), strict=True):
+        places = (slice(start, end), slice(*keys), slice(*keys))
+        qd, kd, vd = (
+            x[place].float().expand(-1, heads, -1).transpose(0, 1) for x, place in zip((q, k, v), places, strict=True)
+        )
         scores = qd @ kd.transpose(1, 2) * scale
         if causal:
-            scores += torch.full_like(scores[0], -torch.inf).triu(1)
-        out[start:end] = (scores.softmax(-1) @ vd).transpose(0, 1)
+            scores += torch.full_like(scores[0], -torch.inf).triu(1 + scores.shape[2] - scores.shape[1])
+        p = scores.softmax(-1).nan_to_num() if scores.shape[2] < scores.shape[1] else scores.softmax(-1)
+        out[start:end] = (p @ vd).transpose(0, 1)
     return out.to(q.dtype)
 
 
@@ -60,7 +67,7 @@ def mla_attention_reference(
 
 @triton.jit
 def _tile(cu_ptr, documents, tile, BLOCK: tl.constexpr):
-    """Tile number -> its document's first token, the document's length, the tile's first row in it. Document i's tiles
+    """Tile number -> its document, that one's first token and length, the tile's first row in it. Document i's tiles
     are numbered from cu[i] // BLOCK + i on, which leaves room for all of them; what lies between starts beyond the
     length."""
     low = 0
@@ -70,8 +77,15 @@ def _tile(cu_ptr, documents, tile, BLOCK: tl.constexpr):
         reached = tl.load(cu_ptr + middle) // BLOCK + middle <= tile
         low = tl.where(reached, middle, low)
         high = tl.where(reached, high, middle)
-    start = tl.load(cu_ptr + low)
-    return start.to(tl.int64), tl.load(cu_ptr + low + 1) - start, (tile - start // BLOCK - low) * BLOCK
+    start, length = _document(cu_ptr, low)
+    return low, start, length, (tile - start // BLOCK - low).to(tl.int32) * BLOCK
+
+
+@triton.jit
+def _document(cu_ptr, document):
+    """Its first token and its length."""
+    start = tl.load(cu_ptr + document)
+    return start.to(tl.int64), tl.load(cu_ptr + document + 1) - start
 
 
 @triton.jit
@@ -97,26 +111,27 @@ def _store(ptr, x, first, length, stride, ROWS: tl.constexpr, WIDTH: tl.constexp
 
 @triton.jit
 def _attend(
-    acc, total, top, q, q_rest, k_ptr, k_rest_ptr, v_ptr, rows, begin, end, length, k_stride, k_rest_stride, v_stride,
+    acc, total, top, q, q_rest, k_ptr, k_rest_ptr, v_ptr, rows, begin, end, keys, k_stride, k_rest_stride, v_stride,
     scale_log2, CAUSAL: tl.constexpr, MASKED: tl.constexpr, WIDTH: tl.constexpr, MAIN: tl.constexpr,
     REST_WIDTH: tl.constexpr, REST: tl.constexpr, V_WIDTH: tl.constexpr, VALUE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Takes keys begin..end into the running softmax: acc [M, VALUE] and total [M], both times 2^-top [M]."""
+    """Takes keys begin..end of `keys` into the running softmax: acc [M, VALUE] and total [M], both times 2^-top [M].
+    `rows`: the last key that each row sees."""
     for first in tl.range(begin, end, BLOCK_N):
-        k = _load(k_ptr, first, length, k_stride, BLOCK_N, WIDTH, MAIN)
+        k = _load(k_ptr, first, keys, k_stride, BLOCK_N, WIDTH, MAIN)
         scores = tl.dot(q, k.T, input_precision="ieee")
         if REST:
-            k_rest = _load(k_rest_ptr, first, length, k_rest_stride, BLOCK_N, REST_WIDTH, REST)
+            k_rest = _load(k_rest_ptr, first, keys, k_rest_stride, BLOCK_N, REST_WIDTH, REST)
             scores = tl.dot(q_rest, k_rest.T, scores, input_precision="ieee")
         if MASKED:
             cols = first + tl.arange(0, BLOCK_N)
-            seen = cols[None, :] <= rows[:, None] if CAUSAL else cols[None, :] < length
+            seen = cols[None, :] <= rows[:, None] if CAUSAL else cols[None, :] < keys
             scores = tl.where(seen, scores, float("-inf"))
         new = tl.maximum(top, tl.max(scores, 1) * scale_log2)
         p = tl.exp2(scores * scale_log2 - new[:, None])
         fade = tl.exp2(top - new)
         total = total * fade + tl.sum(p, 1)
-        v = _load(v_ptr, first, length, v_stride, BLOCK_N, V_WIDTH, VALUE)
+        v = _load(v_ptr, first, keys, v_stride, BLOCK_N, V_WIDTH, VALUE)
         acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
         top = new
     return acc, total, top
@@ -124,20 +139,21 @@ def _attend(
 
 @triton.jit
 def _mla_attention_fwd_kernel(
-    q_ptr, q_rest_ptr, k_ptr, k_rest_ptr, v_ptr, out_ptr, lse_ptr, cu_ptr, T, documents, tiles, scale_log2,
-    q_stride, q_head, q_rest_stride, q_rest_head, k_stride, k_head, k_rest_stride, k_rest_head, v_stride, v_head,
-    out_stride, out_head,
+    q_ptr, q_rest_ptr, k_ptr, k_rest_ptr, v_ptr, out_ptr, lse_ptr, cu_ptr, cu_k_ptr, T, documents, tiles,
+    scale_log2, q_stride, q_head, q_rest_stride, q_rest_head, k_stride, k_head, k_rest_stride, k_rest_head, v_stride,
+    v_head, out_stride, out_head,
     CAUSAL: tl.constexpr, WIDTH: tl.constexpr, MAIN: tl.constexpr, REST_WIDTH: tl.constexpr, REST: tl.constexpr,
     V_WIDTH: tl.constexpr, VALUE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program: BLOCK_M rows of a document and head, a head's last rows (the longest when causal) first; lse [H, T]."""
     head = (tl.program_id(0) // tiles).to(tl.int64)
-    start, length, first = _tile(cu_ptr, documents, tiles - 1 - tl.program_id(0) % tiles, BLOCK_M)
+    document, start, length, first = _tile(cu_ptr, documents, tiles - 1 - tl.program_id(0) % tiles, BLOCK_M)
     if first >= length:
         return
-    k_ptr += start * k_stride + head * k_head
-    k_rest_ptr += start * k_rest_stride + head * k_rest_head
-    v_ptr += start * v_stride + head * v_head
+    key_start, keys = _document(cu_k_ptr, document)
+    k_ptr += key_start * k_stride + head * k_head
+    k_rest_ptr += key_start * k_rest_stride + head * k_rest_head
+    v_ptr += key_start * v_stride + head * v_head
     q = _load(q_ptr + start * q_stride + head * q_head, first, length, q_stride, BLOCK_M, WIDTH, MAIN)
     q_rest = q
     if REST:
@@ -146,27 +162,32 @@ def _mla_attention_fwd_kernel(
     rows = first + tl.arange(0, BLOCK_M)
     acc = tl.zeros((BLOCK_M, VALUE), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    whole = (first if CAUSAL else length) // BLOCK_N * BLOCK_N  # keys before it are seen by all rows
-    end = tl.minimum(first + BLOCK_M, length) if CAUSAL else length
+    lowest: tl.constexpr = -3.4028234663852886e38  # of fp32: what is hidden, -inf, lies below the maximum of no scores
+    top = tl.full((BLOCK_M,), lowest, tl.float32)
+    ahead = keys - length  # the last row sees the last key
+    whole = tl.maximum(first + ahead, 0) if CAUSAL else keys  # keys before it are seen by all rows
+    whole = whole // BLOCK_N * BLOCK_N
+    end = tl.minimum(first + BLOCK_M + ahead, keys) if CAUSAL else keys
     acc, total, top = _attend(
-        acc, total, top, q, q_rest, k_ptr, k_rest_ptr, v_ptr, rows, 0, whole, length, k_stride, k_rest_stride, v_stride,
-        scale_log2, CAUSAL, False, WIDTH, MAIN, REST_WIDTH, REST, V_WIDTH, VALUE, BLOCK_N,
+        acc, total, top, q, q_rest, k_ptr, k_rest_ptr, v_ptr, rows + ahead, 0, whole, keys, k_stride, k_rest_stride,
+        v_stride, scale_log2, CAUSAL, False, WIDTH, MAIN, REST_WIDTH, REST, V_WIDTH, VALUE, BLOCK_N,
     )  # fmt: skip
     acc, total, top = _attend(
-        acc, total, top, q, q_rest, k_ptr, k_rest_ptr, v_ptr, rows, whole, end, length, k_stride, k_rest_stride,
+        acc, total, top, q, q_rest, k_ptr, k_rest_ptr, v_ptr, rows + ahead, whole, end, keys, k_stride, k_rest_stride,
         v_stride, scale_log2, CAUSAL, True, WIDTH, MAIN, REST_WIDTH, REST, V_WIDTH, VALUE, BLOCK_N,
     )  # fmt: skip
     out_ptr += start * out_stride + head * out_head
-    _store(out_ptr, acc / total[:, None], first, length, out_stride, BLOCK_M, V_WIDTH, VALUE)
+    empty = total == 0
+    _store(out_ptr, acc / tl.where(empty, 1.0, total)[:, None], first, length, out_stride, BLOCK_M, V_WIDTH, VALUE)
     ln2: tl.constexpr = 0.6931471805599453
-    tl.store(lse_ptr + head * T + start + rows, (top + tl.log2(total)) * ln2, mask=rows < length)
+    lse = tl.where(empty, float("inf"), (top + tl.log2(total)) * ln2)
+    tl.store(lse_ptr + head * T + start + rows, lse, mask=rows < length)
 
 
 @triton.jit
 def _mla_attention_dq_kernel(
-    dout_ptr, q_ptr, q_rest_ptr, k_ptr, k_rest_ptr, v_ptr, out_ptr, lse_ptr, delta_ptr, dq_ptr, dq_rest_ptr, cu_ptr, T,
-    documents, tiles, scale, dout_stride, dout_head,
+    dout_ptr, q_ptr, q_rest_ptr, k_ptr, k_rest_ptr, v_ptr, out_ptr, lse_ptr, delta_ptr, dq_ptr, dq_rest_ptr, cu_ptr,
+    cu_k_ptr, T, documents, tiles, scale, dout_stride, dout_head,
     q_stride, q_head, q_rest_stride, q_rest_head, k_stride, k_head, k_rest_stride, k_rest_head, v_stride, v_head,
     out_stride, out_head, dq_stride, dq_head, dq_rest_stride, dq_rest_head,
     CAUSAL: tl.constexpr, WIDTH: tl.constexpr, MAIN: tl.constexpr, REST_WIDTH: tl.constexpr, REST: tl.constexpr,
@@ -174,13 +195,14 @@ def _mla_attention_dq_kernel(
 ):  # fmt: skip
     """As the forward's programs; also writes delta [H, T], the rows' sums of dout * out."""
     head = (tl.program_id(0) // tiles).to(tl.int64)
-    start, length, first = _tile(cu_ptr, documents, tiles - 1 - tl.program_id(0) % tiles, BLOCK_M)
+    document, start, length, first = _tile(cu_ptr, documents, tiles - 1 - tl.program_id(0) % tiles, BLOCK_M)
     if first >= length:
         return
     log2e: tl.constexpr = 1.4426950408889634
-    k_ptr += start * k_stride + head * k_head
-    k_rest_ptr += start * k_rest_stride + head * k_rest_head
-    v_ptr += start * v_stride + head * v_head
+    key_start, keys = _document(cu_k_ptr, document)
+    k_ptr += key_start * k_stride + head * k_head
+    k_rest_ptr += key_start * k_rest_stride + head * k_rest_head
+    v_ptr += key_start * v_stride + head * v_head
     q = _load(q_ptr + start * q_stride + head * q_head, first, length, q_stride, BLOCK_M, WIDTH, MAIN)
     dq = tl.zeros((BLOCK_M, MAIN), tl.float32)
     if REST:
@@ -194,17 +216,18 @@ def _mla_attention_dq_kernel(
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     tl.store(delta_ptr + head * T + start + rows, delta, mask=rows < length)
     lse = tl.load(lse_ptr + head * T + start + rows, mask=rows < length, other=0.0) * log2e
-    end = tl.minimum(first + BLOCK_M, length) if CAUSAL else length
+    ahead = keys - length
+    end = tl.minimum(first + BLOCK_M + ahead, keys) if CAUSAL else keys
     for key in tl.range(0, end, BLOCK_N):
-        k = _load(k_ptr, key, length, k_stride, BLOCK_N, WIDTH, MAIN)
+        k = _load(k_ptr, key, keys, k_stride, BLOCK_N, WIDTH, MAIN)
         scores = tl.dot(q, k.T, input_precision="ieee")
         if REST:
-            k_rest = _load(k_rest_ptr, key, length, k_rest_stride, BLOCK_N, REST_WIDTH, REST)
+            k_rest = _load(k_rest_ptr, key, keys, k_rest_stride, BLOCK_N, REST_WIDTH, REST)
             scores = tl.dot(q_rest, k_rest.T, scores, input_precision="ieee")
         cols = key + tl.arange(0, BLOCK_N)
-        seen = cols[None, :] <= rows[:, None] if CAUSAL else cols[None, :] < length
+        seen = cols[None, :] <= rows[:, None] + ahead if CAUSAL else cols[None, :] < keys
         p = tl.exp2(tl.where(seen, scores * (scale * log2e) - lse[:, None], float("-inf")))
-        v = _load(v_ptr, key, length, v_stride, BLOCK_N, V_WIDTH, VALUE)
+        v = _load(v_ptr, key, keys, v_stride, BLOCK_N, V_WIDTH, VALUE)
         dp = tl.dot(dout, v.T, input_precision="ieee")
         dscores = (p * (dp - delta[:, None])).to(k.dtype)
         dq = tl.dot(dscores, k, dq, input_precision="ieee")
@@ -219,8 +242,8 @@ def _mla_attention_dq_kernel(
 
 @triton.jit
 def _mla_attention_dkdv_kernel(
-    dout_ptr, q_ptr, q_rest_ptr, k_ptr, k_rest_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dk_rest_ptr, dv_ptr, cu_ptr, T,
-    documents, tiles, heads, heads_each, scale, dout_stride, dout_head,
+    dout_ptr, q_ptr, q_rest_ptr, k_ptr, k_rest_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dk_rest_ptr, dv_ptr, cu_ptr,
+    cu_k_ptr, T, documents, tiles, heads, heads_each, scale, dout_stride, dout_head,
     q_stride, q_head, q_rest_stride, q_rest_head, k_stride, k_head, k_rest_stride, k_rest_head, v_stride, v_head,
     dk_stride, dk_part, dk_rest_stride, dk_rest_part, dv_stride, dv_part,
     CAUSAL: tl.constexpr, WIDTH: tl.constexpr, MAIN: tl.constexpr, REST_WIDTH: tl.constexpr, REST: tl.constexpr,
@@ -229,21 +252,22 @@ def _mla_attention_dkdv_kernel(
     """Program: BLOCK_N keys of a document, for `heads_each` heads one after the other; writes one part of dk and dv.
     Rows beyond the document are zeros with lse 0 and delta 0, and give nothing."""
     part = (tl.program_id(0) // tiles).to(tl.int64)
-    start, length, first = _tile(cu_ptr, documents, tl.program_id(0) % tiles, BLOCK_N)
-    if first >= length:
+    document, key_start, keys, first = _tile(cu_k_ptr, documents, tl.program_id(0) % tiles, BLOCK_N)
+    if first >= keys:
         return
+    start, length = _document(cu_ptr, document)
     log2e: tl.constexpr = 1.4426950408889634
     head = part * heads_each
-    k = _load(k_ptr + start * k_stride + head * k_head, first, length, k_stride, BLOCK_N, WIDTH, MAIN)
-    v = _load(v_ptr + start * v_stride + head * v_head, first, length, v_stride, BLOCK_N, V_WIDTH, VALUE)
+    k = _load(k_ptr + key_start * k_stride + head * k_head, first, keys, k_stride, BLOCK_N, WIDTH, MAIN)
+    v = _load(v_ptr + key_start * v_stride + head * v_head, first, keys, v_stride, BLOCK_N, V_WIDTH, VALUE)
     dk = tl.zeros((BLOCK_N, MAIN), tl.float32)
     dv = tl.zeros((BLOCK_N, VALUE), tl.float32)
     if REST:
-        k_rest_ptr += start * k_rest_stride + head * k_rest_head
-        k_rest = _load(k_rest_ptr, first, length, k_rest_stride, BLOCK_N, REST_WIDTH, REST)
+        k_rest_ptr += key_start * k_rest_stride + head * k_rest_head
+        k_rest = _load(k_rest_ptr, first, keys, k_rest_stride, BLOCK_N, REST_WIDTH, REST)
         dk_rest = tl.zeros((BLOCK_N, REST), tl.float32)
-    cols = first + tl.arange(0, BLOCK_N)
-    begin = first // BLOCK_M * BLOCK_M if CAUSAL else 0
+    cols = first + tl.arange(0, BLOCK_N) - (keys - length)  # the first row that sees each
+    begin = tl.maximum(first - (keys - length), 0) // BLOCK_M * BLOCK_M if CAUSAL else 0
     blocks = tl.cdiv(length - begin, BLOCK_M)
     for step in tl.range(0, blocks * tl.minimum(heads_each, heads - head).to(tl.int32)):
         at = head + step // blocks
@@ -269,11 +293,11 @@ def _mla_attention_dkdv_kernel(
         dk = tl.dot(dscores, q, dk, input_precision="ieee")
         if REST:
             dk_rest = tl.dot(dscores, q_rest, dk_rest, input_precision="ieee")
-    _store(dk_ptr + start * dk_stride + part * dk_part, dk * scale, first, length, dk_stride, BLOCK_N, WIDTH, MAIN)
-    _store(dv_ptr + start * dv_stride + part * dv_part, dv, first, length, dv_stride, BLOCK_N, V_WIDTH, VALUE)
+    _store(dk_ptr + key_start * dk_stride + part * dk_part, dk * scale, first, keys, dk_stride, BLOCK_N, WIDTH, MAIN)
+    _store(dv_ptr + key_start * dv_stride + part * dv_part, dv, first, keys, dv_stride, BLOCK_N, V_WIDTH, VALUE)
     if REST:
-        dk_rest_ptr += start * dk_rest_stride + part * dk_rest_part
-        _store(dk_rest_ptr, dk_rest * scale, first, length, dk_rest_stride, BLOCK_N, REST_WIDTH, REST)
+        dk_rest_ptr += key_start * dk_rest_stride + part * dk_rest_part
+        _store(dk_rest_ptr, dk_rest * scale, first, keys, dk_rest_stride, BLOCK_N, REST_WIDTH, REST)
 
 
 # --- launchers --------------------------------------------------------------------------------------------------------
@@ -329,8 +353,8 @@ def _halves(x: list[Tensor], width: int) -> tuple[Tensor, Tensor]:
 
 
 def _triton_fwd(
-    q: list[Tensor], k: list[Tensor], v: Tensor, cu_seqlens: Tensor, causal: bool, scale: float, with_lse: bool,
-    keep: bool,
+    q: list[Tensor], k: list[Tensor], v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, causal: bool, scale: float,
+    with_lse: bool, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     (tokens, heads, _), documents = q[0].shape, cu_seqlens.shape[0] - 1
     out = v.new_empty(tokens, heads, v.shape[2])
@@ -342,15 +366,15 @@ def _triton_fwd(
     tiles = _tiles(tokens, documents, config["BLOCK_M"])
     _launch.launch(
         _mla_attention_fwd_kernel, (tiles * heads,),
-        main, rest, k_main, k_rest, v, out, lse, cu_seqlens, tokens, documents, tiles, scale * math.log2(math.e),
-        *_strides(main, rest, k_main, k_rest, v, out), **shape, **config,
+        main, rest, k_main, k_rest, v, out, lse, cu_seqlens, cu_seqlens_k, tokens, documents, tiles,
+        scale * math.log2(math.e), *_strides(main, rest, k_main, k_rest, v, out), **shape, **config,
     )  # fmt: skip
     return out, lse, v.new_empty(0)
 
 
 def _triton_bwd(
     dout: Tensor, q: list[Tensor], k: list[Tensor], v: Tensor, out: Tensor, lse: Tensor, kept: Tensor,
-    cu_seqlens: Tensor, causal: bool, scale: float,
+    cu_seqlens: Tensor, cu_seqlens_k: Tensor, causal: bool, scale: float,
 ) -> list[Tensor]:  # fmt: skip
     (tokens, heads, _), documents = q[0].shape, cu_seqlens.shape[0] - 1
     main, rest, k_main, k_rest = _apart(q, k)
@@ -363,26 +387,28 @@ def _triton_bwd(
     tiles = _tiles(tokens, documents, config["BLOCK_M"])
     _launch.launch(
         _mla_attention_dq_kernel, (tiles * heads,),
-        dout, main, rest, k_main, k_rest, v, out, lse, delta, *_halves(dq, width), cu_seqlens, tokens, documents, tiles,
-        scale, *_strides(dout, main, rest, k_main, k_rest, v, out, *_halves(dq, width)), **shape, **config,
+        dout, main, rest, k_main, k_rest, v, out, lse, delta, *_halves(dq, width), cu_seqlens, cu_seqlens_k, tokens,
+        documents, tiles, scale, *_strides(dout, main, rest, k_main, k_rest, v, out, *_halves(dq, width)), **shape,
+        **config,
     )  # fmt: skip
 
     config = _config("mla_attention_dkdv", v, shape)
-    tiles = _tiles(tokens, documents, config["BLOCK_N"])
+    keys = v.shape[0]
+    tiles = _tiles(keys, documents, config["BLOCK_N"])
     all_shared = all(x.shape[1] == 1 for x in (*k, v))
     heads_each = triton.cdiv(heads, triton.cdiv(4 * _launch.multiprocessors(v), max(1, tiles))) if all_shared else 1
     parts = triton.cdiv(heads, max(1, heads_each))
 
     def buffer(x: Tensor) -> Tensor:
         shared = x.shape[1] < heads
-        return x.new_empty(tokens, parts, x.shape[2], dtype=torch.float32 if shared and parts > 1 else x.dtype)
+        return x.new_empty(keys, parts, x.shape[2], dtype=torch.float32 if shared and parts > 1 else x.dtype)
 
     dk, dv = [buffer(part) for part in k], buffer(v)
     _launch.launch(
         _mla_attention_dkdv_kernel, (tiles * parts,),
-        dout, main, rest, k_main, k_rest, v, lse, delta, *_halves(dk, width), dv, cu_seqlens, tokens, documents, tiles,
-        heads, heads_each, scale, *_strides(dout, main, rest, k_main, k_rest, v, *_halves(dk, width), dv), **shape,
-        **config,
+        dout, main, rest, k_main, k_rest, v, lse, delta, *_halves(dk, width), dv, cu_seqlens, cu_seqlens_k, tokens,
+        documents, tiles, heads, heads_each, scale,
+        *_strides(dout, main, rest, k_main, k_rest, v, *_halves(dk, width), dv), **shape, **config,
     )  # fmt: skip
     summed = (
         d.sum(1, keepdim=True).to(x.dtype) if x.shape[1] < d.shape[1] else d
@@ -397,23 +423,25 @@ def _triton_bwd(
 
 @torch.library.custom_op(add_op_namespace_prefix("mla_attention"), mutates_args=())
 def _mla_attention(
-    q: Tensor, q_pe: Tensor | None, k: Tensor, k_pe: Tensor | None, v: Tensor, cu_seqlens: Tensor, causal: bool,
-    scale: float, with_lse: bool, keep: bool,
+    q: Tensor, q_pe: Tensor | None, k: Tensor, k_pe: Tensor | None, v: Tensor, cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None, causal: bool, scale: float, with_lse: bool, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> out [T, H, Dv], lse [H, T] ([H, 0] on the PyTorch path unless `with_lse`), and probabilities that the PyTorch
-    path's backward uses again, if `keep`."""
+    """-> out [T, H, Dv], lse [H, T] ([H, 0] on the PyTorch path unless `with_lse`), and if `keep` what the PyTorch
+    path's backward uses again."""
     forward = _triton_fwd if _launch.use_triton(v) else _mla_attention_torch.forward
-    return forward(_given(q, q_pe), _given(k, k_pe), v, cu_seqlens, causal, scale, with_lse, keep)
+    bounds = cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    return forward(_given(q, q_pe), _given(k, k_pe), v, *bounds, causal, scale, with_lse, keep)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("mla_attention_backward"), mutates_args=())
 def _mla_attention_backward(
     dout: Tensor, q: Tensor, q_pe: Tensor | None, k: Tensor, k_pe: Tensor | None, v: Tensor, out: Tensor, lse: Tensor,
-    kept: Tensor, cu_seqlens: Tensor, causal: bool, scale: float,
+    kept: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, causal: bool, scale: float,
 ) -> list[Tensor]:  # fmt: skip
     """dout [T, H, Dv] and what the forward took and gave -> the gradients of those of q, q_pe, k, k_pe, v there are."""
     backward = _triton_bwd if _launch.use_triton(v) else _mla_attention_torch.backward
-    return backward(dout, _given(q, q_pe), _given(k, k_pe), v, out, lse, kept, cu_seqlens, causal, scale)
+    bounds = cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    return backward(dout, _given(q, q_pe), _given(k, k_pe), v, out, lse, kept, *bounds, causal, scale)
 
 
 def _given(*tensors: Tensor | None) -> list[Tensor]:
@@ -422,8 +450,8 @@ def _given(*tensors: Tensor | None) -> list[Tensor]:
 
 @_mla_attention.register_fake
 def _(
-    q: Tensor, q_pe: Tensor | None, k: Tensor, k_pe: Tensor | None, v: Tensor, cu_seqlens: Tensor, causal: bool,
-    scale: float, with_lse: bool, keep: bool,
+    q: Tensor, q_pe: Tensor | None, k: Tensor, k_pe: Tensor | None, v: Tensor, cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None, causal: bool, scale: float, with_lse: bool, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     (tokens, heads, _), on_gpu = q.shape, _launch.use_triton(v)
     lse = v.new_empty(heads, tokens if with_lse or on_gpu else 0, dtype=_mla_attention_torch.statistic(v))
@@ -434,25 +462,25 @@ def _(
 @_mla_attention_backward.register_fake
 def _(
     dout: Tensor, q: Tensor, q_pe: Tensor | None, k: Tensor, k_pe: Tensor | None, v: Tensor, out: Tensor, lse: Tensor,
-    kept: Tensor, cu_seqlens: Tensor, causal: bool, scale: float,
+    kept: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, causal: bool, scale: float,
 ) -> list[Tensor]:  # fmt: skip
     return [x.new_empty(x.shape) for x in _given(q, q_pe, k, k_pe, v)]
 
 
 def _setup(ctx, inputs, output) -> None:
-    *rows, cu_seqlens, ctx.causal, ctx.scale, _, _ = inputs
+    *rows, cu_seqlens, cu_seqlens_k, ctx.causal, ctx.scale, _, _ = inputs
     out, lse, kept = output
     ctx.mark_non_differentiable(lse, kept)
     ctx.set_materialize_grads(False)  # else zeros of kept's size would come back for it
-    ctx.save_for_backward(*rows, out, lse, kept, cu_seqlens)
+    ctx.save_for_backward(*rows, out, lse, kept, cu_seqlens, cu_seqlens_k)
 
 
 def _backward(ctx, dout, dlse, dkept):
     if dout is None:  # nothing came back
-        return (None,) * 10
-    *rows, out, lse, kept, cu_seqlens = ctx.saved_tensors
-    grads = iter(_mla_attention_backward(dout, *rows, out, lse, kept, cu_seqlens, ctx.causal, ctx.scale))
-    return *(None if x is None else next(grads) for x in rows), *[None] * 5
+        return (None,) * 11
+    rows, rest = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+    grads = iter(_mla_attention_backward(dout, *rows, *rest, ctx.causal, ctx.scale))
+    return *(None if x is None else next(grads) for x in rows), *[None] * 6
 
 
 _mla_attention.register_autograd(_backward, setup_context=_setup)
@@ -467,16 +495,16 @@ Rows = Tensor | tuple[Tensor, Tensor]  # whole, or their nope and rope columns a
 @overload
 def mla_attention(
     q: Rows, k: Rows, v: Tensor, cu_seqlens: Tensor, causal: bool = True, scale: float | None = None,
-    return_lse: Literal[False] = False,
+    return_lse: Literal[False] = False, cu_seqlens_k: Tensor | None = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def mla_attention(
     q: Rows, k: Rows, v: Tensor, cu_seqlens: Tensor, causal: bool = True, scale: float | None = None, *,
-    return_lse: Literal[True],
+    return_lse: Literal[True], cu_seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def mla_attention(
     q: Rows, k: Rows, v: Tensor, cu_seqlens: Tensor, causal: bool = True, scale: float | None = None,
-    return_lse: bool = False,
+    return_lse: bool = False, cu_seqlens_k: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """q [T, H, Dqk], k [T, Hk, Dqk], v [T, Hk, Dv] (Hk = H or 1, k's and v's alike or not), cu_seqlens int32
     [documents + 1] from 0 in rising order to T -> [T, H, Dv] in v's dtype (autocast's under autocast); with
@@ -485,17 +513,22 @@ def mla_attention(
     q, k or both may come apart as (nope [T, H, Dn], rope [T, H, Dr]), Dn + Dr = Dqk, each part of k with H heads or 1:
     MLA's rope key is never copied to the heads.
 
-    Row t attends to the rows of its own document, up to itself when `causal`. `scale` defaults to 1 / sqrt(Dqk).
+    Row t attends to the rows of its own document, up to itself when `causal`. With `cu_seqlens_k`, int32
+    [documents + 1] from 0 in rising order to Tk, k and v have Tk rows instead, and document i's queries meet keys
+    cu_seqlens_k[i]:cu_seqlens_k[i+1]; when `causal` the last query sees all of them and each one before it one key less
+    (FlashAttention's alignment). A query that sees no key gives out 0 and lse +inf. `scale` defaults to 1 / sqrt(Dqk).
     Differentiable in q, k and v; nothing flows back through the log-sum-exp. Raises TypeError for dtypes that are no
     floats, ValueError when shapes disagree, for a scale that is not above 0, and for widths the kernels do not serve.
-    Values in cu_seqlens that do not run from 0 to T raise ValueError on the PyTorch path; kernels trust them, since
-    looking would wait for the GPU.
+    Values in cu_seqlens(_k) that do not run from 0 to T(k) raise ValueError on the PyTorch path; kernels trust them,
+    since looking would wait for the GPU.
     """
     queries, keys = ([x] if isinstance(x, Tensor) else list(x) for x in (q, k))
-    tokens, heads, width = _check_rows(queries, keys, v)
+    tokens, heads, width = _check_rows(queries, keys, v, own_keys=cu_seqlens_k is not None)
     check_shape("cu_seqlens", cu_seqlens, (None,))
     if cu_seqlens.shape[0] == 0:
         raise ValueError(f"cu_seqlens: got nothing, allowed is 0, rising, to {tokens}")
+    if cu_seqlens_k is not None:
+        check_shape("cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens.shape))
     scale = width**-0.5 if scale is None else scale
     if not scale > 0:
         raise ValueError(f"scale: got {scale}, allowed is above 0")
@@ -510,14 +543,15 @@ def mla_attention(
         if len(apart) == 2 and sum(_padded(x.shape[2]) for x in apart) > MAX_WIDTH:  # wider than kernels hold
             queries, keys = ([torch.cat([x.expand(-1, heads, -1) for x in parts], -1)] for parts in (queries, keys))
         cu_seqlens = cu_seqlens.to(v.device, torch.int32)
+        cu_seqlens_k = None if cu_seqlens_k is None else cu_seqlens_k.to(v.device, torch.int32)
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (*queries, *keys, v))
     rows = (x for parts in (queries, keys) for x in (*parts, None)[:2])
-    out, lse, _ = _mla_attention(*rows, v, cu_seqlens, causal, scale, return_lse, keep)
+    out, lse, _ = _mla_attention(*rows, v, cu_seqlens, cu_seqlens_k, causal, scale, return_lse, keep)
     return (out, lse.t()) if return_lse else out
 
 
-def _check_rows(q: list[Tensor], k: list[Tensor], v: Tensor) -> tuple[int, int, int]:
-    """-> tokens, heads, columns of a row."""
+def _check_rows(q: list[Tensor], k: list[Tensor], v: Tensor, own_keys: bool) -> tuple[int, int, int]:
+    """-> tokens, heads, columns of a row. `own_keys`: k and v need not have q's tokens."""
     expected: list[int | None] = [None, None]
     for name, part in _named("q", q):
         check_float(name, part)
@@ -529,9 +563,11 @@ def _check_rows(q: list[Tensor], k: list[Tensor], v: Tensor) -> tuple[int, int, 
         columns = [sum(widths)]
     elif len(q) == 2:
         columns = [*widths]
+    rows = None if own_keys else tokens
     for (name, part), width in zip([*_named("k", k), ("v", v)], [*columns, None], strict=True):
         check_float(name, part)
-        check_shape(name, part, (tokens, None, width))
+        check_shape(name, part, (rows, None, width))
+        rows = part.shape[0]
         if part.shape[1] not in (1, heads):
             raise ValueError(f"{name}: got {part.shape[1]} heads, allowed is 1 or q's {heads}")
     if sum(part.shape[2] for part in k) != sum(widths):

@@ -152,6 +152,93 @@ def test_shared_keys_are_not_copied_to_heads(apart: bool, monkeypatch: pytest.Mo
     ]  # fmt: skip
 
 
+def exact_over_keys(
+    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], key_lengths: list[int], causal: bool
+) -> Tensor:  # fmt: skip
+    """Document by document through torch's attention under a mask aligned to the last query and key."""
+    outs = []
+    for qd, kd, vd in zip(q.split(lengths), k.split(key_lengths), v.split(key_lengths), strict=True):
+        mask = torch.ones(len(qd), len(kd), dtype=torch.bool, device=q.device)
+        mask = mask.tril(len(kd) - len(qd)) if causal else mask
+        rows = mask.any(1)
+        out = F.scaled_dot_product_attention(
+            *(x.expand(-1, HEADS, -1).transpose(0, 1) for x in (qd[rows], kd, vd)), attn_mask=mask[rows]
+        )
+        outs.append(v.new_zeros(len(qd), HEADS, v.shape[2]).index_put((rows,), out.transpose(0, 1)))
+    return torch.cat(outs)
+
+
+# queries and keys of each document
+PAIRS = {
+    "more keys": [(5, 19), (33, 100), (1, 40)],
+    "fewer keys": [(40, 3), (100, 33), (2, 1)],
+    "none of either": [(0, 7), (9, 0), (0, 0), (6, 11), (20, 20)],
+    "equal twice": [(16, 32), (16, 32), (64, 64)],
+}
+
+
+@pytest.mark.parametrize("mode", ["fp64", "fp32", "fp16"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("pairs", PAIRS.values(), ids=PAIRS)
+def test_keys_that_are_not_the_queries_tokens(
+    pairs: list[tuple[int, int]], causal: bool, mode: str, device: torch.device
+) -> None:  # fmt: skip
+    multiplies(mode, device)
+    lengths, key_lengths = [q for q, _ in pairs], [k for _, k in pairs]
+    cu_seqlens, cu_seqlens_k = cumulative(lengths), cumulative(key_lengths)
+    tensors = [inputs(sum(lengths))[0], *inputs(sum(key_lengths), 1)[1:]]
+    check(
+        lambda q, k, v: mla_attention(q, k, v, cu_seqlens, causal, cu_seqlens_k=cu_seqlens_k),
+        lambda q, k, v: exact_over_keys(q, k, v, lengths, key_lengths, causal),
+        tensors, mode, roundings=ROUNDINGS, length=max(*lengths, *key_lengths) + WIDTH, device=device,
+    )  # fmt: skip
+    got = mla_attention_reference(*tensors, cu_seqlens, causal, cu_seqlens_k=cu_seqlens_k)
+    want = exact_over_keys(*(t.double() for t in tensors), lengths, key_lengths, causal)
+    assert_near(got, want, error_bound(torch.float32, ROUNDINGS, 100))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_queries_that_see_no_key(causal: bool, device: torch.device) -> None:
+    """Of 5 queries the first 3 see none of 2 keys when causal; a document without keys shows none at all."""
+    q, k, v = (x.to(device, torch.float16) for x in inputs(9))
+    q.requires_grad_()
+    with poisoned_memory():
+        out, lse = mla_attention(
+            q, k[:2], v[:2], cumulative([5, 4]), causal, return_lse=True, cu_seqlens_k=cumulative([2, 0])
+        )
+        out.sum().backward()
+    blind = [*range(3 if causal else 0), *range(5, 9)]
+    seeing = [i for i in range(9) if i not in blind]
+    assert q.grad is not None
+    assert out[blind].count_nonzero() == 0 and q.grad[blind].count_nonzero() == 0
+    assert (lse[blind] == torch.inf).all() and lse[seeing].isfinite().all() and out[seeing].isfinite().all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    pairs=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 25)), min_size=1, max_size=6), causal=st.booleans(),
+    block=st.sampled_from([1, 5, 16]), scores=st.sampled_from([1, 1 << 10]), kept=st.booleans(),
+    seed=st.integers(0, 2**16),
+)  # fmt: skip
+def test_any_queries_and_keys(
+    pairs: list[tuple[int, int]], causal: bool, block: int, scores: int, kept: bool, seed: int
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    lengths, key_lengths = [q for q, _ in pairs], [k for _, k in pairs]
+    cu_seqlens, cu_seqlens_k = cumulative(lengths), cumulative(key_lengths)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_mla_attention_torch, "QUERY_BLOCK", block)
+        patch.setattr(_mla_attention_torch, "SCORES", scores)
+        if not kept:
+            patch.setattr(_mla_attention_torch, "KEPT_ELEMENTS", 0)
+        _mla_attention_torch._rectangles.cache_clear()
+        check(
+            lambda q, k, v: mla_attention(q, k, v, cu_seqlens, causal, cu_seqlens_k=cu_seqlens_k),
+            lambda q, k, v: exact_over_keys(q, k, v, lengths, key_lengths, causal),
+            [inputs(sum(lengths))[0], *inputs(sum(key_lengths))[1:]], "fp64", roundings=8 * ROUNDINGS, length=40,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("multiprocessors", [1, 2, 100])
 def test_shared_keys_for_any_number_of_parts(
     multiprocessors: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
@@ -232,10 +319,11 @@ def test_registration(apart: bool, device: torch.device) -> None:
     rows = [q[..., :8], q[..., 8:], k[..., :8], k[..., 8:], v] if apart else [q, None, k, None, v]
     for with_lse, keep in ((False, False), (True, True)):
         leaves = [None if x is None else x.detach().requires_grad_() for x in rows]
-        opcheck(ops.mla_attention.default, (*leaves, cu_seqlens, True, 0.3, with_lse, keep))
-    out, lse, kept = ops.mla_attention(*rows, cu_seqlens, True, 0.3, True, True)
+        for keys in (None, cumulative([4, 1, 1, 8]).to(device)):
+            opcheck(ops.mla_attention.default, (*leaves, cu_seqlens, keys, True, 0.3, with_lse, keep))
+    out, lse, kept = ops.mla_attention(*rows, cu_seqlens, None, True, 0.3, True, True)
     dout = torch.randn(14, HEADS, V_WIDTH, device=device)
-    opcheck(ops.mla_attention_backward.default, (dout, *rows, out, lse, kept, cu_seqlens, True, 0.3))
+    opcheck(ops.mla_attention_backward.default, (dout, *rows, out, lse, kept, cu_seqlens, None, True, 0.3))
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -337,6 +425,12 @@ def test_one_token_sees_itself(device: torch.device) -> None:
         ({"k": torch.zeros(4, 3, 6)}, ValueError, "k: got 3 heads, allowed is 1 or q's 2"),
         ({"v": torch.zeros(4, 4, 5)}, ValueError, "v: got 4 heads, allowed is 1 or q's 2"),
         ({"cu_seqlens": torch.tensor([]).int()}, ValueError, "cu_seqlens: got nothing"),
+        ({"cu_seqlens_k": torch.tensor([0, 2, 4])}, ValueError, r"cu_seqlens_k: got shape \(3,\), allowed is \(2\)"),
+        (
+            {"cu_seqlens_k": torch.tensor([0, 3]), "v": torch.zeros(3, 2, 5)},
+            ValueError,
+            r"v: got shape \(3, 2, 5\), allowed is \(4, any, any\)",
+        ),
         ({"scale": 0.0}, ValueError, "scale: got 0.0, allowed is above 0"),
         ({"scale": float("nan")}, ValueError, "scale: got nan, allowed is above 0"),
         ({"cu_seqlens": torch.tensor([[0, 4]])}, ValueError, r"cu_seqlens: got shape \(1, 2\)"),
@@ -366,6 +460,11 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], message: str)
 def test_bounds_that_do_not_run_to_the_end(bounds: list[int]) -> None:
     with pytest.raises(ValueError, match=r"cu_seqlens: got .*, allowed is 0, rising, to 4"):
         mla_attention(torch.zeros(4, 2, 6), torch.zeros(4, 2, 6), torch.zeros(4, 2, 5), torch.tensor(bounds))
+    with pytest.raises(ValueError, match=r"cu_seqlens_k: got .*, allowed is 0, rising, to 4"):
+        own = torch.tensor([0, *[1] * (len(bounds) - 1)])
+        mla_attention(
+            torch.zeros(1, 2, 6), torch.zeros(4, 2, 6), torch.zeros(4, 2, 5), own, cu_seqlens_k=torch.tensor(bounds)
+        )
 
 
 def test_widths_that_kernels_do_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
