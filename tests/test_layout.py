@@ -43,7 +43,7 @@ TOP = {"cli", "quickstart", "doctor", "plan", "__main__", "__init__"}  # may imp
 # grouped_gemm: the products inside moe, and how grouped_fp8_gemm numbers tiles; rms_norm: what rms_norm_quant computes
 # before it quantises;
 # fp8_gemm: the three products of fp8_linear, one expert's in grouped_fp8_gemm; _*_torch: a room's path;
-# mla_cache: rows that mla_decode reads, made by rms_norm and rope
+# mla_cache: rows that mla_decode and mla_prefill read, made by rms_norm and rope; mla_attention: mla_prefill's
 ROOM_MAY_IMPORT = {
     "_ops",
     "_checks",
@@ -53,6 +53,7 @@ ROOM_MAY_IMPORT = {
     "fp8_quant",
     "grouped_fp8_gemm",
     "grouped_gemm",
+    "mla_attention",
     "mla_cache",
     "rms_norm",
     "rope",

@@ -31,6 +31,7 @@ from .grouped_gemm import grouped_gemm, grouped_gemm_reference
 from .mla_attention import mla_attention, mla_attention_reference
 from .mla_cache import quantize_latent_cache, write_latent_cache, write_latent_cache_reference
 from .mla_decode import mla_decode, mla_decode_reference
+from .mla_prefill import mla_prefill, mla_prefill_reference
 from .moe import MoePlan, moe_experts, moe_experts_reference, moe_permute, moe_unpermute
 from .moe_gate import moe_gate, moe_gate_reference
 from .rms_norm import rms_norm, rms_norm_reference
@@ -70,6 +71,8 @@ __all__ = [
     "mla_attention_reference",
     "mla_decode",
     "mla_decode_reference",
+    "mla_prefill",
+    "mla_prefill_reference",
     "moe_experts",
     "moe_experts_reference",
     "moe_gate",

@@ -19,7 +19,7 @@ from . import _launch
 from ._checks import check_float, check_shape
 from ._launch import tl, triton
 from ._ops import add_op_namespace_prefix
-from .fp8_quant import E4M3, TILE, ScaleFormat, native_e4m3, quantize_groups, quantize_tiles
+from .fp8_quant import E4M3, TILE, ScaleFormat, dequantize_tiles, native_e4m3, quantize_groups, quantize_tiles
 from .rms_norm import rms_norm_reference, torch_fwd
 from .rope import rope, rope_reference
 
@@ -203,6 +203,22 @@ def quantize_latent_cache(latent: Tensor, rotary: Tensor, scale_format: ScaleFor
     for field, value in zip(row_fields(rows, latent.shape[-1]), values, strict=True):
         field.copy_(value)
     return rows
+
+
+def aligned_rows(rows: Tensor) -> Tensor:
+    """fp8 rows, copied unless each is in one piece at a multiple of 4 bytes."""
+    if rows.stride(-1) == 1 and all(n % 4 == 0 for n in (*rows.stride()[:-1], rows.storage_offset())):
+        return rows
+    return rows.clone(memory_format=torch.contiguous_format)
+
+
+def widened_rows(rows: Tensor, latent: int, dtype: torch.dtype) -> Tensor:
+    """Cache rows [..., bytes or Dc + Dr] -> [..., Dc + Dr]: those of fp8 (uint8) as numbers of `dtype`."""
+    if rows.dtype != torch.uint8:
+        return rows
+    codes, scales, rotary = row_fields(aligned_rows(rows), latent)
+    wide = torch.float32 if dtype == torch.float64 else dtype
+    return torch.cat((dequantize_tiles(codes.view(E4M3), scales, wide), rotary.to(wide)), dim=-1).to(dtype)
 
 
 def write_latent_cache(

@@ -35,8 +35,8 @@ from . import _launch
 from ._checks import check_float, check_shape
 from ._launch import tl, triton
 from ._ops import add_op_namespace_prefix
-from .fp8_quant import E4M3, TILE, decode_e4m3, dequantize_tiles, native_e4m3
-from .mla_cache import row_bytes, row_fields
+from .fp8_quant import E4M3, TILE, decode_e4m3, native_e4m3
+from .mla_cache import aligned_rows, row_bytes, row_fields, widened_rows
 
 __all__ = ["mla_decode", "mla_decode_reference"]
 
@@ -255,13 +255,6 @@ def _mla_decode_combine_kernel(
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 
-def _aligned(rows: Tensor) -> Tensor:
-    """fp8 rows, copied unless each is in one piece at a multiple of 4 bytes."""
-    if rows.stride(-1) == 1 and all(n % 4 == 0 for n in (*rows.stride()[:-1], rows.storage_offset())):
-        return rows
-    return rows.clone(memory_format=torch.contiguous_format)
-
-
 def _triton_decode(
     q: Tensor, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, v_dim: int, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
@@ -270,7 +263,7 @@ def _triton_decode(
     q, seq_lens = q.contiguous(), seq_lens.contiguous()
     block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
     fp8 = kv_cache.dtype == torch.uint8
-    kv_cache = _aligned(kv_cache) if fp8 else kv_cache if kv_cache.stride(2) == 1 else kv_cache.contiguous()
+    kv_cache = aligned_rows(kv_cache) if fp8 else kv_cache if kv_cache.stride(2) == 1 else kv_cache.contiguous()
     cache, scales, rotary = row_fields(kv_cache, v_dim) if fp8 else (kv_cache,) * 3
     out = q.new_empty(batch, new, heads, v_dim)
     lse = q.new_empty(batch, new, heads, dtype=torch.float32)
@@ -322,16 +315,6 @@ def _rows(kv_cache: Tensor, block_table: Tensor, length: int) -> Tensor:
     return rows.reshape(table.shape[0], -1, kv_cache.shape[2])[:, :length]
 
 
-def _wide_rows(q: Tensor, kv_cache: Tensor, block_table: Tensor, length: int, v_dim: int) -> Tensor:
-    """`_rows`, widened to q's dtype where they are fp8."""
-    rows = _rows(kv_cache, block_table, length)
-    if rows.dtype != torch.uint8:
-        return rows
-    codes, scales, rotary = row_fields(_aligned(rows), v_dim)
-    dtype = torch.float32 if q.dtype == torch.float64 else q.dtype
-    return torch.cat((dequantize_tiles(codes.view(E4M3), scales, dtype), rotary.to(dtype)), dim=-1).to(q.dtype)
-
-
 def _attend(q: Tensor, rows: Tensor, v_dim: int, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     """q [B, S, H, W] over rows [B, L, W] -> out [B, S, H, v_dim], lse [B, S, H] fp32 (fp64 for fp64)."""
     batch, new, heads, width = q.shape
@@ -356,11 +339,15 @@ def _torch_decode(
     if any(not 0 <= length <= room for length in lengths):
         raise ValueError(f"seq_lens: got {lengths[:8]}, allowed is 0 to {room} (rows of the pages)")
     if len(set(lengths)) < 2:
-        return _attend(q, _wide_rows(q, kv_cache, block_table, max(lengths, default=0), v_dim), v_dim, scale, causal)
+        rows = widened_rows(_rows(kv_cache, block_table, max(lengths, default=0)), v_dim, q.dtype)
+        return _attend(q, rows, v_dim, scale, causal)
     parts = [
-        _attend(q[b : b + 1], _wide_rows(q, kv_cache, block_table[b : b + 1], length, v_dim), v_dim, scale, causal)
+        _attend(
+            q[b : b + 1], widened_rows(_rows(kv_cache, block_table[b : b + 1], length), v_dim, q.dtype), v_dim, scale,
+            causal,
+        )
         for b, length in enumerate(lengths)
-    ]
+    ]  # fmt: skip
     return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
 
 
