@@ -12,6 +12,8 @@ on every GPU Triton knows. Test: tests/kernels/test_mla_cache.py. Benchmark: ben
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -221,6 +223,15 @@ def widened_rows(rows: Tensor, latent: int, dtype: torch.dtype) -> Tensor:
     return torch.cat((dequantize_tiles(codes.view(E4M3), scales, wide), rotary.to(wide)), dim=-1).to(dtype)
 
 
+@overload
+def write_latent_cache(
+    kv: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, slots: Tensor, eps: float = 1e-6,
+    q_pe: None = None,
+) -> None: ...  # fmt: skip
+@overload
+def write_latent_cache(
+    kv: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, slots: Tensor, eps: float, q_pe: Tensor
+) -> Tensor: ...  # fmt: skip
 def write_latent_cache(
     kv: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, slots: Tensor, eps: float = 1e-6,
     q_pe: Tensor | None = None,

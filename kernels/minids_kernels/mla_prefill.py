@@ -12,7 +12,7 @@ No kernel of its own. Test: tests/kernels/test_mla_prefill.py.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -73,46 +73,28 @@ def _rows(kv_cache: Tensor, block_table: Tensor, ranges: Ranges) -> Tensor:
     return kv_cache[block_table[sequence, place // page].long(), place % page]
 
 
-def _cumulative(lengths: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-
-
-@torch.no_grad()
-def mla_prefill(
-    q: tuple[Tensor, Tensor], kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, cu_seqlens: Tensor, w_kv: Tensor,
-    scale: float, workspace: int = 65_536,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """q: new tokens' (nope [T, H, Dn], rotated [T, H, Dr]), sequence b's at cu_seqlens[b]:cu_seqlens[b+1] (int32
-    [B + 1]); kv_cache, block_table [B, P] and seq_lens [B] as in `mla_decode`, the new tokens' rows written already and
-    counted; w_kv [H * (Dn + Dv), Dc], kv_b_proj's weight -> out [T, H, Dv] in q's dtype, lse [T, H] fp32 (fp64 for
-    fp64).
-
-    Each token sees the rows of its sequence up to its own. `workspace`: rows expanded at once, each H * (Dn + Dv)
-    numbers in q's dtype; more only where there are more new tokens. The host has to know lengths: seq_lens and
-    cu_seqlens on the GPU make it wait for them once.
-
-    For inference: has no gradient. Raises TypeError for dtypes that differ or are none of mla_decode's, ValueError when
-    shapes disagree, for a sequence with more new tokens than rows or more rows than pages, and for a workspace below 1.
-    """
+def _check(
+    q: tuple[Tensor, Tensor], kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, cu_seqlens: Tensor, w_kv: Tensor
+) -> tuple[list[int], list[int]]:  # fmt: skip
+    """-> each sequence's new tokens and all its rows."""
     nope, rotary = q
     check_float("q[0]", nope)
     check_shape("q[0]", nope, (None, None, None))
     tokens, heads, width = nope.shape
     check_shape("q[1]", rotary, (tokens, heads, None))
     check_shape("w_kv", w_kv, (None, None))
-    expanded, latent = w_kv.shape
-    if heads == 0 or expanded % heads or expanded // heads <= width:
-        raise ValueError(f"w_kv: got {expanded} rows, allowed is a multiple of {heads} heads above {heads} * {width}")
-    fp8, row = kv_cache.dtype in (torch.uint8, E4M3), latent + rotary.shape[2]
-    check_shape("kv_cache", kv_cache, (None, None, row_bytes(latent, rotary.shape[2]) if fp8 else row))
+    columns, latent = w_kv.shape
+    if heads == 0 or columns % heads or columns // heads <= width:
+        raise ValueError(f"w_kv: got {columns} rows, allowed is a multiple of {heads} heads above {heads} * {width}")
+    fp8 = kv_cache.dtype in (torch.uint8, E4M3)
+    row = row_bytes(latent, rotary.shape[2]) if fp8 else latent + rotary.shape[2]
+    check_shape("kv_cache", kv_cache, (None, None, row))
     check_shape("block_table", block_table, (None, None))
     check_shape("seq_lens", seq_lens, (block_table.shape[0],))
     check_shape("cu_seqlens", cu_seqlens, (block_table.shape[0] + 1,))
-    for name, x in (("q[1]", rotary), ("w_kv", w_kv), *((("kv_cache", kv_cache),) * (not fp8))):
+    for name, x in (("q[1]", rotary), ("w_kv", w_kv), ("kv_cache", nope if fp8 else kv_cache)):
         if x.dtype != nope.dtype:
             raise TypeError(f"{name}: got {x.dtype}, allowed is q[0]'s {nope.dtype}")
-    if workspace < 1:
-        raise ValueError(f"workspace: got {workspace}, allowed is 1 or more")
     lengths, bounds, room = seq_lens.tolist(), cu_seqlens.tolist(), block_table.shape[1] * kv_cache.shape[1]
     new = [end - begin for begin, end in itertools.pairwise(bounds)]
     if bounds[0] != 0 or bounds[-1] != tokens or any(n < 0 for n in new):
@@ -121,20 +103,61 @@ def mla_prefill(
         raise ValueError(
             f"seq_lens: got {lengths[:8]} with {new[:8]} new tokens, allowed is those to {room} (rows of the pages)"
         )
-    outs, lses = [], []
-    passes, cu_seqlens = _passes(lengths, new, workspace), cu_seqlens.to(nope.device, torch.int32)
-    cache = kv_cache.view(torch.uint8) if fp8 else kv_cache
-    for i, ranges in enumerate(passes):
-        rows = widened_rows(_rows(cache, block_table, ranges), latent, nope.dtype)
+    return new, lengths
+
+
+@overload
+def mla_prefill(
+    q: tuple[Tensor, Tensor], kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, cu_seqlens: Tensor, w_kv: Tensor,
+    scale: float, return_lse: Literal[False] = False, workspace: int = 65_536,
+) -> Tensor: ...  # fmt: skip
+@overload
+def mla_prefill(
+    q: tuple[Tensor, Tensor], kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, cu_seqlens: Tensor, w_kv: Tensor,
+    scale: float, return_lse: Literal[True], workspace: int = 65_536,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@torch.no_grad()
+def mla_prefill(
+    q: tuple[Tensor, Tensor], kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, cu_seqlens: Tensor, w_kv: Tensor,
+    scale: float, return_lse: bool = False, workspace: int = 65_536,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """q: new tokens' (nope [T, H, Dn], rotated [T, H, Dr]), sequence b's at cu_seqlens[b]:cu_seqlens[b+1] (int32
+    [B + 1]); kv_cache, block_table [B, P] and seq_lens [B] as in `mla_decode`, the new tokens' rows written already and
+    counted; w_kv [H * (Dn + Dv), Dc], kv_b_proj's weight -> out [T, H, Dv] in q's dtype; with `return_lse` also the
+    scores' log-sum-exp [T, H] in fp32 (fp64 for fp64).
+
+    Each token sees the rows of its sequence up to its own. `workspace`: rows expanded at once, each H * (Dn + Dv)
+    numbers in q's dtype; more only where there are more new tokens. The host has to know lengths: seq_lens and
+    cu_seqlens on the GPU make it wait for them once.
+
+    For inference: has no gradient. Raises TypeError for dtypes that differ or are none of mla_decode's, ValueError when
+    shapes disagree, for a sequence with more new tokens than rows or more rows than pages, and for a workspace below 1.
+    """
+    new, lengths = _check(q, kv_cache, block_table, seq_lens, cu_seqlens, w_kv)
+    if workspace < 1:
+        raise ValueError(f"workspace: got {workspace}, allowed is 1 or more")
+    (_, heads, width), latent, dtype = q[0].shape, w_kv.shape[1], q[0].dtype
+    cache = kv_cache.view(torch.uint8) if kv_cache.dtype == E4M3 else kv_cache
+
+    def expanded(ranges: Ranges) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+        """Keys, values, and where each sequence's lie."""
+        rows = widened_rows(_rows(cache, block_table, ranges), latent, dtype)
         k_nope, v = (rows[:, :latent] @ w_kv.T).unflatten(1, (heads, -1)).tensor_split([width], -1)
+        ends = itertools.accumulate(end - begin for begin, end in ranges)
+        return (k_nope, rows[:, None, latent:]), v, torch.tensor([0, *ends], dtype=torch.int32)
+
+    *before, last = _passes(lengths, new, workspace)
+    if not before and not return_lse:
+        k, v, key_bounds = expanded(last)
+        return mla_attention(q, k, v, cu_seqlens, True, scale, cu_seqlens_k=key_bounds)
+    outs, lses = [], []
+    for ranges in (*before, last):
+        k, v, key_bounds = expanded(ranges)
         out, lse = mla_attention(
-            q, (k_nope, rows[:, None, latent:]), v, cu_seqlens, i + 1 == len(passes), scale, return_lse=True,
-            cu_seqlens_k=_cumulative([end - begin for begin, end in ranges], nope.device),
+            q, k, v, cu_seqlens, ranges is last, scale, return_lse=True, cu_seqlens_k=key_bounds
         )  # fmt: skip
         outs.append(out)
         lses.append(lse.masked_fill(lse == torch.inf, -torch.inf))
-    if len(passes) == 1:
-        return outs[0], lses[0]
     lse = torch.stack(lses)
-    out = (torch.stack(outs) * lse.softmax(0).unsqueeze(-1)).sum(0)
-    return out.to(nope.dtype), lse.logsumexp(0)
+    out = (torch.stack(outs) * lse.softmax(0).unsqueeze(-1)).sum(0).to(dtype)
+    return (out, lse.logsumexp(0)) if return_lse else out

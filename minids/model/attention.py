@@ -41,29 +41,33 @@ class Attention(nn.Module):
         )
         self.o_proj = nn.Linear(heads * config.v_head_dim, width, bias=False)
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
-        """x [T, D] -> queries [T, H, N] and their rotated part [T, H, R], and all that a cache holds of a token: the
-        normalised latent [T, C] and the rotated key [T, R] that heads share."""
-        config = self.config
-        first = self.q_proj if config.q_lora_rank is None else self.q_a_proj
+    def project(self, x: Tensor) -> Tensor:
+        """x [T, D] -> [T, Q + C + R]: what queries are made of, latents before their norm, and the key that heads share
+        before its rotation."""
+        first = self.q_proj if self.config.q_lora_rank is None else self.q_a_proj
         weight = torch.cat((first.weight, self.kv_a_proj_with_mqa.weight))  # one product for both: they are narrow
-        q, latent, rotary = F.linear(x, weight).split(
-            [first.out_features, config.kv_lora_rank, config.qk_rope_head_dim], dim=-1
-        )
+        return F.linear(x, weight)
+
+    def queries(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """The first Q columns of `project` -> nope [T, H, N], and what is to be rotated [T, H, R]."""
+        config = self.config
         heads, nope = config.num_attention_heads, config.qk_nope_head_dim
         if config.q_lora_rank is None:
             q_nope, q_pe = q.unflatten(-1, (heads, -1)).split([nope, config.qk_rope_head_dim], dim=-1)
-        else:
-            q_nope, q_pe = _columns_apart(self.q_b_proj, self.q_a_layernorm(q), heads, nope)
-        k_pe = rope(rotary.unsqueeze(1), cos, sin).squeeze(1)
-        return (q_nope, rope(q_pe, cos, sin)), self.kv_a_layernorm(latent), k_pe
-
-    def attend(self, q: tuple[Tensor, Tensor], latent: Tensor, k_pe: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """What `project` gave, keys and values expanded from latents -> [T, H, V]; cu_seqlens int32 [documents + 1]."""
-        config = self.config
-        k_nope, v = _columns_apart(self.kv_b_proj, latent, config.num_attention_heads, config.qk_nope_head_dim)
-        return mla_attention(q, (k_nope, k_pe.unsqueeze(1)), v, cu_seqlens, scale=config.softmax_scale)
+            return q_nope, q_pe
+        return _columns_apart(self.q_b_proj, self.q_a_layernorm(q), heads, nope)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor) -> Tensor:
         """x [T, D], cos and sin [T, R/2], cu_seqlens int32 [documents + 1] -> [T, D]."""
-        return self.o_proj(self.attend(*self.project(x, cos, sin), cu_seqlens).flatten(1))
+        config = self.config
+        projected, cached = self.project(x), [config.kv_lora_rank, config.qk_rope_head_dim]
+        q, latent, k_pe = projected.split([projected.shape[-1] - sum(cached), *cached], dim=-1)
+        q_nope, q_pe = self.queries(q)
+        k_nope, v = _columns_apart(
+            self.kv_b_proj, self.kv_a_layernorm(latent), config.num_attention_heads, config.qk_nope_head_dim
+        )
+        k_pe = rope(k_pe.unsqueeze(1), cos, sin)
+        out = mla_attention(
+            (q_nope, rope(q_pe, cos, sin)), (k_nope, k_pe), v, cu_seqlens, scale=config.softmax_scale
+        )  # fmt: skip
+        return self.o_proj(out.flatten(1))
