@@ -35,52 +35,58 @@ def blocks(model: DeepseekV3) -> list[Block]:
     return [b for b in model.model.layers[: model.config.num_hidden_layers] if isinstance(b, Block)]
 
 
-def _absorbed(
-    attention: Attention, q: tuple[Tensor, Tensor], rows: Tensor, table: Tensor, lengths: Tensor
-) -> Tensor:  # fmt: skip
-    """q ([B * S, H, N], [B * S, H, R]) of each sequence's last S tokens -> [B * S, H, V]; cache as in `mla_decode`."""
-    config = attention.config
+class _Places:
+    """Where the next `new` tokens of each of `batch` sequences lie, the same in all layers: angles of their rotation
+    [B * S, R / 2], slots [B * S] in a cache whose pages are a sequence's rows each, and that cache's page table."""
+
+    def __init__(self, model: DeepseekV3, cache: LatentCache, new: int) -> None:
+        device = cache.rows.device
+        positions = torch.arange(cache.length, cache.length + new, device=device)
+        self.cos, self.sin = rope_angles(model.config, positions.repeat(cache.batch))
+        self.table = torch.arange(cache.batch, device=device).unsqueeze(1)
+        self.slots = (self.table * cache.capacity + positions).flatten()
+        self.lengths = torch.full((cache.batch,), cache.length + new)
+        self.cu_seqlens = torch.arange(cache.batch + 1, dtype=torch.int32) * new
+        self.absorbed = 0 < new <= MOST_ABSORBED and cache.length > 0
+
+
+def _absorbed(attention: Attention, q: tuple[Tensor, Tensor], rows: Tensor, places: _Places) -> Tensor:
+    """q ([B * S, H, N], [B * S, H, R]) of each sequence's last S tokens, all written to rows [B, capacity, C + R]
+    -> [B * S, H, V]."""
+    config, (nope, rotary), batch = attention.config, q, len(rows)
     w_uk, w_uv = attention.kv_b_proj.weight.unflatten(0, (config.num_attention_heads, -1)).split(
         [config.qk_nope_head_dim, config.v_head_dim], dim=1
     )
-    nope, rotary = q
-    absorbed = torch.cat((torch.einsum("thn,hnc->thc", nope, w_uk), rotary), dim=-1).unflatten(0, (len(table), -1))
-    latent, _ = mla_decode(absorbed, rows, table, lengths, config.kv_lora_rank, config.softmax_scale)
+    absorbed = torch.cat((torch.einsum("thn,hnc->thc", nope, w_uk), rotary), dim=-1).unflatten(0, (batch, -1))
+    lengths = places.lengths.to(rows.device)
+    latent, _ = mla_decode(absorbed, rows, places.table, lengths, config.kv_lora_rank, config.softmax_scale)
     return torch.einsum("thc,hvc->thv", latent.flatten(0, 1), w_uv)
 
 
-def _attend(attention: Attention, x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, start: int) -> Tensor:
-    """Normed x [B * S, D] of tokens from place `start` on -> [B * S, H, V]; writes their rows [B, capacity, C + R]."""
-    config, (batch, capacity, width) = attention.config, rows.shape
-    new = len(x) // batch
-    queries, kv = attention.project(x).tensor_split([-width], dim=-1)
+def _attend(attention: Attention, x: Tensor, rows: Tensor, places: _Places) -> Tensor:
+    """Normed x [B * S, D] -> [B * S, H, V]; writes the tokens' rows [B, capacity, C + R]."""
+    norm, scale = attention.kv_a_layernorm, attention.config.softmax_scale
+    queries, kv = attention.project(x).tensor_split([-rows.shape[2]], dim=-1)
     nope, q_pe = attention.queries(queries)
-    sequence = torch.arange(batch, device=x.device)
-    slots = (sequence * capacity).unsqueeze(1) + torch.arange(start, start + new, device=x.device)
-    norm = attention.kv_a_layernorm
-    rotated = write_latent_cache(kv, norm.weight, cos, sin, rows, slots.flatten(), norm.eps, q_pe)
-    q, table = (nope, rotated), sequence.unsqueeze(1)  # a sequence's rows are one page
-    lengths = torch.full((batch,), start + new)
-    if start and new <= MOST_ABSORBED:
-        return _absorbed(attention, q, rows, table, lengths.to(x.device))
-    bounds = torch.arange(batch + 1, dtype=torch.int32) * new
-    return mla_prefill(q, rows, table, lengths, bounds, attention.kv_b_proj.weight, config.softmax_scale)
+    rotated = write_latent_cache(kv, norm.weight, places.cos, places.sin, rows, places.slots, norm.eps, q_pe)
+    q, weight = (nope, rotated), attention.kv_b_proj.weight
+    if places.absorbed:
+        return _absorbed(attention, q, rows, places)
+    return mla_prefill(q, rows, places.table, places.lengths, places.cu_seqlens, weight, scale)
 
 
 def _step(model: DeepseekV3, input_ids: Tensor, cache: LatentCache) -> Tensor:
     """Normed hidden states [B, S, D] of input_ids [B, S]; the cache gains S tokens."""
     batch, new = input_ids.shape
-    start = cache.length
     cache.reserve(new)
-    positions = torch.arange(start, start + new, device=input_ids.device).repeat(batch)
-    cos, sin = rope_angles(model.config, positions)
+    places = _Places(model, cache, new)
     x, residual = model.model.embed_tokens(input_ids.flatten()), None
     for layer, rows in zip(blocks(model), cache.rows, strict=True):
         normed, residual = layer.input_layernorm(x, residual)
-        out = layer.self_attn.o_proj(_attend(layer.self_attn, normed, cos, sin, rows, start).flatten(1))
+        out = layer.self_attn.o_proj(_attend(layer.self_attn, normed, rows, places).flatten(1))
         normed, residual = layer.post_attention_layernorm(out, residual)
         x = layer.mlp(normed)[0] if isinstance(layer.mlp, MoE) else layer.mlp(normed)
-    cache.length = start + new
+    cache.length += new
     return model.model.norm(x, residual)[0].unflatten(0, (batch, new))
 
 
