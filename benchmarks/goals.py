@@ -117,6 +117,7 @@ GOALS = (  # 21 and up are of MLA, 18 and 19 of the CPU
     Goal(27, "mla_attention", "fwd", ("cudnn",), 0.8, 0.95, where=_v3, which="192/128, one document"),
     Goal(30, "mla_attention", "fwd+bwd", ("flex",), 1.5, 2.0, where=lambda s: s["documents"] >= 16,
          which="16 documents or more"),
+    Goal(31, "mla_prefill", "fwd", ("fa3",), 0.75, 0.95),
     Goal(32, "mla_attention", "fwd+bwd", ("efficient", "flex"), 2.0, 3.0, where=lambda s: s["Dqk"] == 48,
          which="48/32"),
 )  # fmt: skip

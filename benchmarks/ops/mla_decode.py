@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from minids_kernels import _launch, mla_decode, quantize_latent_cache
 from torch import Tensor
 
+from benchmarks import flash
 from benchmarks.protocol import (
     OURS,
     Case,
@@ -49,6 +51,15 @@ def attend(q: Tensor, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, v
     return torch.einsum("bsht,btd->bshd", share, rows[..., :v_dim])
 
 
+def _flash(v_dim: int, scale: float) -> dict[str, Contestant]:
+    """Those that know V3's widths alone."""
+    binds = {"flashmla": flash.flash_mla_decode, "fa3": flash.fa3_decode}
+    return {
+        name: Contestant(functools.partial(bind, v_dim=v_dim, scale=scale), package="vllm", on=("sm_90",))
+        for name, bind in binds.items()
+    }
+
+
 def _case(
     batch: int, new: int, heads: int, length: int, v_dim: int, rest: int, dtype: torch.dtype, device: torch.device
 ) -> Case:
@@ -83,6 +94,7 @@ def _case(
             OURS: Contestant(calls(ours), package="minids"),
             "eager": Contestant(calls(eager)),
             "compile": Contestant(compiled(eager)),
+            **(_flash(v_dim, width**-0.5) if (v_dim, rest) == (512, 64) else {}),
         },
         tolerance=TOLERANCE[dtype],
         bytes=batch * (length * width + new * heads * (width + v_dim)) * dtype.itemsize,
