@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -44,6 +46,18 @@ def exact(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, sca
     mask = mask.to(q.device)
     q, k, v = (x.expand(-1, HEADS, -1).transpose(0, 1) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(0, 1)
+
+
+@contextlib.contextmanager
+def pieces_of(block: int, scores: int, kept: bool) -> Iterator[None]:
+    """The PyTorch path in pieces of another size, with and without what its forward keeps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_mla_attention_torch, "QUERY_BLOCK", block)
+        patch.setattr(_mla_attention_torch, "SCORES", scores)
+        if not kept:
+            patch.setattr(_mla_attention_torch, "KEPT_ELEMENTS", 0)
+        _mla_attention_torch._rectangles.cache_clear()
+        yield
 
 
 DOCUMENTS = {
@@ -226,12 +240,7 @@ def test_any_queries_and_keys(
     torch.manual_seed(seed)
     lengths, key_lengths = [q for q, _ in pairs], [k for _, k in pairs]
     cu_seqlens, cu_seqlens_k = cumulative(lengths), cumulative(key_lengths)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_mla_attention_torch, "QUERY_BLOCK", block)
-        patch.setattr(_mla_attention_torch, "SCORES", scores)
-        if not kept:
-            patch.setattr(_mla_attention_torch, "KEPT_ELEMENTS", 0)
-        _mla_attention_torch._rectangles.cache_clear()
+    with pieces_of(block, scores, kept):
         check(
             lambda q, k, v: mla_attention(q, k, v, cu_seqlens, causal, cu_seqlens_k=cu_seqlens_k),
             lambda q, k, v: exact_over_keys(q, k, v, lengths, key_lengths, causal),
@@ -350,12 +359,7 @@ def test_any_documents(
 ) -> None:  # fmt: skip
     torch.manual_seed(seed)
     cu_seqlens = cumulative(lengths)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_mla_attention_torch, "QUERY_BLOCK", block)
-        patch.setattr(_mla_attention_torch, "SCORES", scores)
-        if not kept:
-            patch.setattr(_mla_attention_torch, "KEPT_ELEMENTS", 0)
-        _mla_attention_torch._rectangles.cache_clear()
+    with pieces_of(block, scores, kept):
         check(
             lambda q, k, v: mla_attention(q, k, v, cu_seqlens, causal, scale),
             lambda q, k, v: exact(q, k, v, cu_seqlens, causal, scale),

@@ -63,6 +63,16 @@ def test_every_way_of_decoding_agrees_with_the_full_forward(name: str) -> None:
         assert config.kv_lora_rank % 2 or config.qk_nope_head_dim % 2
 
 
+def test_the_decoder_gives_torchs_threads_back(model: LanguageModel) -> None:
+    threads, cache = torch.get_num_threads(), model.new_cache()
+    try:
+        torch.set_num_threads(3)
+        Decoder(model).step([1], cache)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_chunks_longer_than_the_decoder_takes_at_once() -> None:
     config = tiny(max_position_embeddings=700)
     model = build(config)
