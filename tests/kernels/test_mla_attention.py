@@ -326,13 +326,12 @@ def test_registration(apart: bool, device: torch.device) -> None:
     cu_seqlens = cumulative([5, 0, 1, 8]).to(device)
     q, k, v = (x.to(device) for x in inputs(14, 1))
     rows = [q[..., :8], q[..., 8:], k[..., :8], k[..., 8:], v] if apart else [q, None, k, None, v]
-    for with_lse, keep in ((False, False), (True, True)):
+    for kept, keys in ((False, None), (True, cumulative([4, 1, 1, 8]).to(device))):
         leaves = [None if x is None else x.detach().requires_grad_() for x in rows]
-        for keys in (None, cumulative([4, 1, 1, 8]).to(device)):
-            opcheck(ops.mla_attention.default, (*leaves, cu_seqlens, keys, True, 0.3, with_lse, keep))
-    out, lse, kept = ops.mla_attention(*rows, cu_seqlens, None, True, 0.3, True, True)
+        opcheck(ops.mla_attention.default, (*leaves, cu_seqlens, keys, True, 0.3, kept, kept))
+    out, lse, probabilities = ops.mla_attention(*rows, cu_seqlens, None, True, 0.3, True, True)
     dout = torch.randn(14, HEADS, V_WIDTH, device=device)
-    opcheck(ops.mla_attention_backward.default, (dout, *rows, out, lse, kept, cu_seqlens, None, True, 0.3))
+    opcheck(ops.mla_attention_backward.default, (dout, *rows, out, lse, probabilities, cu_seqlens, None, True, 0.3))
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -21,7 +21,7 @@ SCALE = 0.3
 # rows of each sequence, and new tokens among them
 SEQUENCES = {
     "whole prompts": [(5, 5), (19, 19)],
-    "long contexts": [(70, 9), (33, 1), (128, 16)],
+    "long contexts": [(70, 9), (33, 1)],
     "mixed": [(0, 0), (40, 40), (17, 0), (64, 3)],
     "nothing": [],
 }
