@@ -12,14 +12,15 @@ the loss's gradient by logits in one pass, and multiplies it twice: a chunk's ro
 what is summed over chunks in fp32 is dx, smaller than dweight by V / T. Besides its results the forward holds one x,
 the backward one x and dx in fp32. No atomics, no host syncs; ignored tokens are masked. Runs on every GPU Triton knows.
 
-PyTorch path: ignored tokens are left out altogether; chunks of rows become losses and gradients.
-Small problems keep these gradients for the backward: a row's upstream factor scales its dx, and its x for dweight.
+PyTorch path: ignored tokens are left out altogether; chunks of rows become losses and gradients. A sum's dx and dweight
+are made in the forward, while a chunk is warm; without a sum small problems keep gradients by logits for the backward.
 Test: tests/kernels/test_cross_entropy.py. Benchmark: benchmarks/ops/cross_entropy.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ MIN_COLUMNS = 1024  # of a chunk of logits, however narrow x is
 PIECE_ELEMENTS = 1 << 20  # logits whose softmax or gradient the PyTorch path makes at once: what CPU caches hold
 CHUNK_ELEMENTS = 1 << 22  # logits that the PyTorch path's forward makes at once
 KEPT_ELEMENTS = 1 << 24  # gradients by logits that the PyTorch path keeps for the backward
-LOWEST = torch.finfo(torch.float32).min
+LOWEST, REDUCTIONS = torch.finfo(torch.float32).min, ("none", "mean", "sum")
 
 
 def linear_cross_entropy_reference(
@@ -161,7 +162,7 @@ def _triton_statistics(
 
 def _triton_fwd(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, z_loss: float,
-    dtype: torch.dtype, keep: bool,
+    dtype: torch.dtype, keep: str,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     rows, vocab = x.shape[0], weight.shape[0]
     targets = targets.contiguous()
@@ -229,24 +230,35 @@ def _at_target(log_p: Tensor, lse: Tensor, vocab: int, label_smoothing: float, z
 
 def _torch_fwd(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, z_loss: float,
-    dtype: torch.dtype, keep: bool,
+    dtype: torch.dtype, keep: str,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     tokens, vocab = x.shape[0], weight.shape[0]
     index, targets, x = _kept_tokens(targets, ignore_index, x)
     x, weight = x.to(dtype), weight.to(dtype)
     rows = x.shape[0]
     loss, lse = (x.new_empty(rows, 1, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(2))
-    kept = [x.new_empty(p.stop - p.start, vocab) for p in _pieces(tokens, vocab, CHUNK_ELEMENTS)] if keep else []
-    for i, chunk in enumerate(_pieces(rows, vocab, CHUNK_ELEMENTS)):
-        logits = kept[i][: chunk.stop - chunk.start] if keep else x.new_empty(chunk.stop - chunk.start, vocab)
+    chunks, kept = _pieces(rows, vocab, CHUNK_ELEMENTS), []
+    if keep == "logits":
+        kept = [x.new_empty(p.stop - p.start, vocab) for p in _pieces(tokens, vocab, CHUNK_ELEMENTS)]
+    elif keep == "sum":
+        kept = [x.new_empty(x.shape), torch.empty_like(weight) if chunks else torch.zeros_like(weight)]
+    warm = x.new_empty(0 if keep == "logits" or not chunks else chunks[0].stop, vocab)
+    for i, chunk in enumerate(chunks):
+        logits = (kept[i] if keep == "logits" else warm)[: chunk.stop - chunk.start]
         torch.mm(x[chunk], weight.T, out=logits)
         for piece in _pieces(logits.shape[0], vocab, PIECE_ELEMENTS):
             target, losses, lses = (x[chunk][piece] for x in (targets.unsqueeze(1), loss, lse))
-            _torch_softmax(logits[piece], target, losses, lses, label_smoothing, z_loss, keep)
-    for chunk, logits in zip(_pieces(tokens, vocab, CHUNK_ELEMENTS), kept, strict=False):
-        logits[max(0, rows - chunk.start) :] = 0
+            _torch_softmax(logits[piece], target, losses, lses, label_smoothing, z_loss, bool(keep))
+        if keep == "sum":
+            torch.mm(logits, weight, out=kept[0][chunk])
+            _multiply(kept[1], logits.T, x[chunk], add=i > 0)
+    if keep == "logits":
+        for chunk, logits in zip(_pieces(tokens, vocab, CHUNK_ELEMENTS), kept, strict=True):
+            logits[max(0, rows - chunk.start) :] = 0
     if rows == tokens:
         return loss.view(rows), lse.view(rows), kept
+    if keep == "sum":
+        kept[0] = x.new_zeros(tokens, x.shape[1]).index_copy_(0, index, kept[0])
     zeros = loss.new_zeros(tokens)
     return zeros.index_copy(0, index, loss.view(rows)), zeros.index_copy(0, index, lse.view(rows)), kept
 
@@ -299,9 +311,12 @@ def _torch_gradient(
 
 def _torch_bwd(
     dloss: Tensor, x: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, kept: list[Tensor], ignore_index: int,
-    label_smoothing: float, z_loss: float, dtype: torch.dtype,
+    label_smoothing: float, z_loss: float, dtype: torch.dtype, keep: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     tokens = x.shape[0]
+    if keep == "sum":
+        factor = dloss[:1].sum()  # all the same, or there are none
+        return (kept[0] * factor).to(x.dtype), (kept[1] * factor).to(weight.dtype)
     index, targets, x, lse, dloss = _kept_tokens(targets, ignore_index, x, lse, dloss)
     if kept:
         scale = dloss.to(dtype).unsqueeze(1)
@@ -327,11 +342,12 @@ def _torch_bwd(
 @torch.library.custom_op(add_op_namespace_prefix("linear_cross_entropy"), mutates_args=())
 def _linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, z_loss: float,
-    dtype: torch.dtype, keep: bool,
+    dtype: torch.dtype, keep: str,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    """x [T, D], weight [V, D], targets [T] -> loss, lse [T], and if `keep` (the PyTorch path's alone) the gradients by
-    the logits of tokens that count, in chunks of rows that allocators can use again, in the compute dtype `dtype`; rows
-    past those tokens are zero."""
+    """x [T, D], weight [V, D], targets [T] -> loss, lse [T], and what the PyTorch path keeps for its backward, in the
+    compute dtype `dtype`: nothing with `keep` ""; with "logits" the gradients by the logits of tokens that count, in
+    chunks of rows that allocators can use again, rows past those tokens zero; with "sum" dx and dweight of the losses'
+    sum, then the backward's dloss must be one number for all tokens."""
     forward = _triton_fwd if _launch.use_triton(x) else _torch_fwd
     return forward(x, weight, targets, ignore_index, label_smoothing, z_loss, dtype, keep)
 
@@ -339,11 +355,11 @@ def _linear_cross_entropy(
 @torch.library.custom_op(add_op_namespace_prefix("linear_cross_entropy_backward"), mutates_args=())
 def _linear_cross_entropy_backward(
     dloss: Tensor, x: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, kept: list[Tensor], ignore_index: int,
-    label_smoothing: float, z_loss: float, dtype: torch.dtype,
+    label_smoothing: float, z_loss: float, dtype: torch.dtype, keep: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dloss [T] and the forward's inputs and outputs -> dx [T, D], dweight [V, D]."""
     if not _launch.use_triton(x):
-        return _torch_bwd(dloss, x, weight, targets, lse, kept, ignore_index, label_smoothing, z_loss, dtype)
+        return _torch_bwd(dloss, x, weight, targets, lse, kept, ignore_index, label_smoothing, z_loss, dtype, keep)
     dx, dweight = _chunked_bwd(dloss, x, weight, targets, lse, ignore_index, label_smoothing, z_loss, dtype)
     return dx.to(x.dtype), dweight
 
@@ -351,10 +367,12 @@ def _linear_cross_entropy_backward(
 @_linear_cross_entropy.register_fake
 def _(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, z_loss: float,
-    dtype: torch.dtype, keep: bool,
+    dtype: torch.dtype, keep: str,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     tokens, vocab = x.shape[0], weight.shape[0]
     loss, lse = (x.new_empty(tokens, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(2))
+    if keep == "sum":
+        return loss, lse, [x.new_empty(x.shape, dtype=dtype), weight.new_empty(weight.shape, dtype=dtype)]
     chunks = _pieces(tokens, vocab, CHUNK_ELEMENTS) if keep else []
     return loss, lse, [x.new_empty(chunk.stop - chunk.start, vocab, dtype=dtype) for chunk in chunks]
 
@@ -362,13 +380,13 @@ def _(
 @_linear_cross_entropy_backward.register_fake
 def _(
     dloss: Tensor, x: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, kept: list[Tensor], ignore_index: int,
-    label_smoothing: float, z_loss: float, dtype: torch.dtype,
+    label_smoothing: float, z_loss: float, dtype: torch.dtype, keep: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, weight, targets, *settings, _ = inputs
+    x, weight, targets, *settings = inputs
     _, lse, kept = output
     ctx.mark_non_differentiable(lse, *kept)
     ctx.set_materialize_grads(False)  # else zeros of kept's size would come back for it
@@ -391,11 +409,13 @@ _linear_cross_entropy.register_autograd(_backward, setup_context=_setup)
 
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100, label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
+    z_loss: float = 0.0, reduction: Literal["none", "mean", "sum"] = "none",
 ) -> Tensor:  # fmt: skip
     """Per-token loss in nats of a linear head, without materialising its logits.
 
-    x [T, D] and weight [V, D] float, targets [T] int64 in [0, V) or `ignore_index` -> [T] fp32, 0 where ignored. Label
+    x [T, D] and weight [V, D] float, targets [T] int64 in [0, V) or `ignore_index` -> [T] fp32, 0 where ignored; with
+    `reduction` "sum" their sum, with "mean" that over the number of tokens that are not ignored. On CPUs a sum or mean
+    is faster than one made of the losses afterwards, and takes less memory: logits are not kept for the backward. Label
     smoothing is torch.nn.functional.cross_entropy's; `z_loss` weighs the square of the logits' logsumexp.
     Differentiable in x and weight. Raises TypeError, ValueError on other shapes, dtypes or settings; a target outside
     the vocabulary raises RuntimeError on the PyTorch path and gives NaN on the Triton path.
@@ -413,9 +433,17 @@ def linear_cross_entropy(
         raise ValueError(f"label_smoothing: got {label_smoothing}, allowed is 0 to 1")
     if not z_loss >= 0.0:
         raise ValueError(f"z_loss: got {z_loss}, allowed is 0 or more")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: got {reduction!r}, allowed are {REDUCTIONS}")
+    dtype, keep = compute_dtype(x), ""
     wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    keep = wanted and not _launch.use_triton(x) and x.shape[0] * weight.shape[0] <= KEPT_ELEMENTS
-    loss, _, _ = _linear_cross_entropy(
-        x, weight, targets, ignore_index, label_smoothing, z_loss, compute_dtype(x), keep
-    )
-    return loss
+    if wanted and not _launch.use_triton(x):
+        # where weights are no more than logits; fp16's sums over tokens might overflow before they are scaled
+        if reduction != "none" and x.shape[0] >= x.shape[1] and dtype != torch.float16:
+            keep = "sum"
+        elif x.shape[0] * weight.shape[0] <= KEPT_ELEMENTS:
+            keep = "logits"
+    loss, _, _ = _linear_cross_entropy(x, weight, targets, ignore_index, label_smoothing, z_loss, dtype, keep)
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / (targets != ignore_index).sum()

@@ -179,8 +179,8 @@ class DeepseekV3(nn.Module):
         return Losses(nll, tokens, mtp_nll, mtp_tokens, balance.sum(), counts)
 
     def _nll(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, int]:
-        nll = linear_cross_entropy(hidden, self.lm_head.weight, targets, IGNORE)
-        return nll.sum(), int((targets != IGNORE).sum())
+        nll = linear_cross_entropy(hidden, self.lm_head.weight, targets, IGNORE, reduction="sum")
+        return nll, int((targets != IGNORE).sum())
 
     def token_log_probs(self, input_ids: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """[B * T] fp32: log-probability of the label at each place given the tokens before it, 0 where the label is

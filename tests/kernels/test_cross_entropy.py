@@ -90,6 +90,47 @@ def test_reference_agrees_with_torch(shape: tuple[int, int, int], options: dict[
     assert_near(got, want, error_bound(torch.float32, 8, sum(shape)))
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("ignored", [0.0, 0.4])
+@pytest.mark.parametrize("chunk", [1, 100, 1 << 22])
+def test_sum_and_mean(
+    chunk: int, ignored: float, reduction: str, mode: str, backend: str, device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """As F.cross_entropy's, in chunks of one row, of several, and in one."""
+    monkeypatch.setattr(room, "CHUNK_ELEMENTS", chunk)
+    (x, weight), targets = inputs(40, 12, 30, ignored)
+    scale = 0.125 if reduction == "sum" else 0.125 / int((targets != -100).sum())
+    check(
+        lambda x, w: linear_cross_entropy(x, w, targets.to(x.device), -100, 0.1, 0.1, reduction).expand(1) / 8,
+        lambda x, w: exact(x, w, targets.to(x.device), label_smoothing=0.1, z_loss=0.1).sum(0, keepdim=True) * scale,
+        [x, weight], mode, 8, length=40 + 12 + 30, device=device,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_sum_and_mean_of_nothing(reduction: str, backend: str, device: torch.device) -> None:
+    """As torch's: 0 and NaN; gradients of a sum of no losses are zeros."""
+    for targets in (torch.full((5,), -100), torch.zeros(0, dtype=torch.long)):
+        x, weight = (torch.randn(n, 4, device=device, requires_grad=True) for n in (len(targets), 7))
+        loss = linear_cross_entropy(x, weight, targets.to(device), reduction=reduction)
+        loss.backward()
+        assert loss.item() == 0 if reduction == "sum" else loss.isnan()
+        if reduction == "sum":
+            assert x.grad is not None and weight.grad is not None
+            assert x.grad.count_nonzero() == weight.grad.count_nonzero() == 0
+
+
+def test_gradients_of_a_sum_survive_a_second_pass(device: torch.device) -> None:
+    """retain_graph: what was kept is not used up."""
+    (x, weight), targets = inputs(9, 5, 30, 0.3)
+    x, weight = (t.to(device).requires_grad_() for t in (x, weight))
+    loss = linear_cross_entropy(x, weight, targets.to(device), reduction="sum")
+    first, second = (torch.autograd.grad(loss, (x, weight), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 def test_everything_ignored_is_exactly_nothing(way: torch.device) -> None:
     x, weight = (t.to(way) for t in inputs(9, 5, 11)[0])
     targets = torch.full((9,), -100, device=way)
@@ -259,16 +300,16 @@ def test_the_triton_path_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(_launch, "launch", lambda *args, **kwargs: None)
     (x, weight), targets = inputs(9, 5, 3000, 0.5)
     with Recorder() as seen:
-        loss, lse, _ = room._triton_fwd(x, weight, targets, -100, 0.1, 0.1, x.dtype, False)
+        loss, lse, _ = room._triton_fwd(x, weight, targets, -100, 0.1, 0.1, x.dtype, "")
         room._chunked_bwd(torch.ones_like(loss), x, weight, targets, lse, -100, 0.1, 0.1, x.dtype)
     assert "mm" in seen.names
     assert not seen.names & {"_local_scalar_dense", "nonzero", "index", "masked_select", "_to_copy", "item", "equal"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("keep", [True, False])
-def test_registration(dtype: torch.dtype, keep: bool, backend: str, device: torch.device) -> None:
-    keep &= backend == "torch"
+@pytest.mark.parametrize("keep", ["", "logits", "sum"])
+def test_registration(dtype: torch.dtype, keep: str, backend: str, device: torch.device) -> None:
+    keep = keep if backend == "torch" else ""
     (x, weight), targets = inputs(6, 5, 9, 0.4)
     x, weight = (t.to(device, dtype).requires_grad_() for t in (x, weight))
     arguments = (x, weight, targets.to(device))
@@ -277,9 +318,13 @@ def test_registration(dtype: torch.dtype, keep: bool, backend: str, device: torc
     with torch.no_grad():
         loss, lse, kept = ops.linear_cross_entropy(*arguments, *options, dtype, keep)
     assert loss.dtype == lse.dtype == torch.float32
-    assert [(t.shape, t.dtype) for t in kept] == [((6, 9), dtype)] * keep
+    shapes = {"": [], "logits": [(6, 9)], "sum": [(6, 5), (9, 5)]}[keep]
+    assert [(t.shape, t.dtype) for t in kept] == [(shape, dtype) for shape in shapes]
     detached = [t.detach() for t in arguments]
-    opcheck(ops.linear_cross_entropy_backward.default, (torch.randn_like(loss), *detached, lse, kept, *options, dtype))
+    opcheck(
+        ops.linear_cross_entropy_backward.default,
+        (torch.ones_like(loss), *detached, lse, kept, *options, dtype, keep),
+    )
 
 
 @pytest.mark.parametrize(
@@ -296,6 +341,7 @@ def test_registration(dtype: torch.dtype, keep: bool, backend: str, device: torc
         ({"label_smoothing": 1.5}, ValueError, "label_smoothing: got 1.5, allowed is 0 to 1"),
         ({"label_smoothing": math.nan}, ValueError, "label_smoothing: got nan, allowed is 0 to 1"),
         ({"z_loss": -1.0}, ValueError, "z_loss: got -1.0, allowed is 0 or more"),
+        ({"reduction": "max"}, ValueError, r"reduction: got 'max', allowed are \('none', 'mean', 'sum'\)"),
     ],
 )
 def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:
