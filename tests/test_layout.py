@@ -45,6 +45,7 @@ TOP = {"cli", "quickstart", "doctor", "plan", "__main__", "__init__"}  # may imp
 # fp8_gemm: the three products of fp8_linear, one expert's in grouped_fp8_gemm; _*_torch: a room's path;
 # mla_cache: rows that mla_decode and mla_prefill read, made by rms_norm and rope; mla_attention: mla_prefill's
 ROOM_MAY_IMPORT = {
+    "_operator",
     "_ops",
     "_checks",
     "_launch",

@@ -1,4 +1,5 @@
-"""Argument checks that rooms share: each raises naming the argument, what came, and what is allowed."""
+"""What rooms do with arguments: checks, each of which raises naming the argument, what came, and what is allowed; and
+their rows."""
 
 from __future__ import annotations
 
@@ -18,6 +19,16 @@ def check_shape(name: str, x: Tensor, expected: tuple[int | None, ...]) -> None:
     if x.dim() != len(expected) or any(e is not None and e != s for s, e in zip(x.shape, expected, strict=True)):
         want = ", ".join("any" if e is None else str(e) for e in expected)
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, allowed is ({want})")
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x [..., N] as [M, N]: x itself if it is that, since a view is one more node of autograd's graph."""
+    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def as_shape(y: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The way back."""
+    return y if y.shape == shape else y.view(shape)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -178,7 +178,7 @@ def _scores(q: Tensor, k: Tensor, hidden: Tensor, scale: float) -> Tensor:
     the last ones, and is [0, 0] where nothing is causal."""
     scores = _product(q, k.transpose(1, 2), scale)
     if hidden.numel():
-        scores[:, :, -hidden.shape[0] :] += hidden
+        scores[:, :, -hidden.shape[0] :].add_(hidden)
     return scores
 
 
@@ -252,8 +252,8 @@ def backward(
             if dkr is None or dvr is None:  # the last block, which sees all keys
                 dkr, dvr = of_k, of_v
             else:
-                dkr[:, seen] += of_k
-                dvr[:, seen] += of_v
+                dkr[:, seen].add_(of_k)
+                dvr[:, seen].add_(of_v)
         for side, parts, gradient in ((rectangle.q, dq, dqr), (rectangle.k, dk, dkr), (rectangle.k, dv, dvr)):
             if gradient is not None:
                 side.put(parts, gradient)

@@ -29,7 +29,7 @@ from torch import Tensor
 from . import _launch
 from ._checks import check_float, check_shape, compute_dtype
 from ._launch import tl, triton
-from ._ops import add_op_namespace_prefix
+from ._operator import operator
 
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_reference"]
 
@@ -339,7 +339,7 @@ def _torch_bwd(
 # --- registration -----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(add_op_namespace_prefix("linear_cross_entropy"), mutates_args=())
+@operator("linear_cross_entropy")
 def _linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, z_loss: float,
     dtype: torch.dtype, keep: str,
@@ -352,7 +352,7 @@ def _linear_cross_entropy(
     return forward(x, weight, targets, ignore_index, label_smoothing, z_loss, dtype, keep)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("linear_cross_entropy_backward"), mutates_args=())
+@operator("linear_cross_entropy_backward")
 def _linear_cross_entropy_backward(
     dloss: Tensor, x: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, kept: list[Tensor], ignore_index: int,
     label_smoothing: float, z_loss: float, dtype: torch.dtype, keep: str,

@@ -28,7 +28,7 @@ from torch import Tensor
 from . import _launch
 from ._checks import check_shape
 from ._launch import tl, triton
-from ._ops import add_op_namespace_prefix
+from ._operator import operator
 
 if _launch.HAS_TRITON:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -300,7 +300,7 @@ def _torch_gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out_dtyp
 # --- registration -----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(add_op_namespace_prefix("fp8_gemm"), mutates_args=())
+@operator("fp8_gemm")
 def _fp8_gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
     """a [M, K] with tiles' scales, b [N, K] with blocks' -> [M, N] in out_dtype."""
     if not _launch.use_triton(a):
@@ -310,7 +310,7 @@ def _fp8_gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out_dtype:
     return out
 
 
-@torch.library.custom_op(add_op_namespace_prefix("fp8_gemm_wgrad"), mutates_args=())
+@operator("fp8_gemm_wgrad")
 def _fp8_gemm_wgrad(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
     """a [M, K], b [N, K], both with tiles' scales -> [M, N] fp32."""
     if not _launch.use_triton(a):
@@ -320,7 +320,7 @@ def _fp8_gemm_wgrad(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> T
     return out
 
 
-@torch.library.custom_op(add_op_namespace_prefix("fp8_gemm_wgrad_add"), mutates_args=("out",))
+@operator("fp8_gemm_wgrad_add", mutates_args=("out",))
 def _fp8_gemm_wgrad_add(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out: Tensor) -> None:
     """`_fp8_gemm_wgrad` added to `out` [M, N] fp32."""
     if _launch.use_triton(a):

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ._checks import check_shape, compute_dtype
-from ._ops import add_op_namespace_prefix
+from ._checks import as_rows, as_shape, check_shape, compute_dtype
+from ._operator import operator
 from .fp8_gemm import fp8_gemm, fp8_gemm_wgrad
 from .fp8_quant import quantize_blocks, quantize_tiles, quantize_tiles_both, quantize_tiles_transposed
 
@@ -75,7 +75,7 @@ def _weight_codes(weight: Tensor, training: bool) -> _Codes:
 # --- registration -----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(add_op_namespace_prefix("fp8_linear"), mutates_args=())
+@operator("fp8_linear")
 def _fp8_linear(x: Tensor, weight: Tensor, out_dtype: torch.dtype, training: bool) -> tuple[Tensor, Tensor, Tensor]:
     """x [M, K], weight [N, K] -> y [M, N] in out_dtype; if training, also x's 128x1 codes [K, M] and their scales
     [K, ceil(M / 128)], else two empty tensors."""
@@ -88,7 +88,7 @@ def _fp8_linear(x: Tensor, weight: Tensor, out_dtype: torch.dtype, training: boo
     return fp8_gemm(codes, scales, *weight_codes.plain, out_dtype), codes_t, scales_t
 
 
-@torch.library.custom_op(add_op_namespace_prefix("fp8_linear_dgrad"), mutates_args=())
+@operator("fp8_linear_dgrad")
 def _fp8_linear_dgrad(codes: Tensor, scales: Tensor, weight: Tensor, out_dtype: torch.dtype) -> Tensor:
     """dy's 1x128 codes [M, N] and scales, weight [N, K] -> dx [M, K] in out_dtype."""
     return fp8_gemm(codes, scales, *_weight_codes(weight, True).transposed, out_dtype)
@@ -153,5 +153,5 @@ def fp8_linear(x: Tensor, weight: Tensor) -> Tensor:
         raise ValueError(f"x: got shape {tuple(x.shape)}, allowed is a last dimension of 1 or more")
     check_shape("weight", weight, (None, x.shape[-1]))
     training = torch.is_grad_enabled() and weight.requires_grad
-    y, _, _ = _fp8_linear(x.reshape(-1, x.shape[-1]), weight, compute_dtype(x), training)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    y, _, _ = _fp8_linear(as_rows(x), weight, compute_dtype(x), training)
+    return as_shape(y, (*x.shape[:-1], weight.shape[0]))

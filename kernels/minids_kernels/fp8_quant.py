@@ -28,7 +28,7 @@ from torch import Tensor
 from . import _launch
 from ._checks import check_shape
 from ._launch import tl, triton
-from ._ops import add_op_namespace_prefix
+from ._operator import operator
 
 __all__ = [
     "decode_e4m3",
@@ -386,27 +386,27 @@ def _torch_dequantize(codes: Tensor, scales: Tensor, tile_m: int, tile: int, dty
 # --- registration -----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(add_op_namespace_prefix("quantize_tiles"), mutates_args=())
+@operator("quantize_tiles")
 def _quantize_tiles(x: Tensor, tile: int, ue8m0: bool, deepseek: bool) -> tuple[Tensor, Tensor]:
     """x [M, K] -> codes [M, K], scales [M, ceil(K / tile)], tile a power of two. deepseek: amax counts as at least 1e-4
     and code = x / scale (`compat.deepseek_v3`). Codes are uint8 here, e4m3's bits: `opcheck` knows no e4m3."""
     return (_triton_tiles if _launch.use_triton(x) else _torch_tiles)(x, tile, ue8m0, deepseek)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("quantize_blocks"), mutates_args=())
+@operator("quantize_blocks")
 def _quantize_blocks(w: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
     """w [N, K] -> codes [N, K], scales [ceil(N / 128), ceil(K / 128)]."""
     return (_triton_blocks if _launch.use_triton(w) else _torch_blocks)(w, ue8m0)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("quantize_tiles_transposed"), mutates_args=())
+@operator("quantize_tiles_transposed")
 def _quantize_tiles_transposed(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
     """x [M, K] -> codes [K, M], scales [K, ceil(M / 128)]."""
     codes, scales = (_triton_transposed if _launch.use_triton(x) else _torch_transposed)(x, ue8m0, both=False)
     return codes, scales
 
 
-@torch.library.custom_op(add_op_namespace_prefix("quantize_tiles_both"), mutates_args=())
+@operator("quantize_tiles_both")
 def _quantize_tiles_both(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x [M, K] -> what quantize_tiles gives, then what quantize_tiles_transposed gives."""
     turned = (_triton_transposed if _launch.use_triton(x) else _torch_transposed)(x, ue8m0, both=True)
@@ -414,7 +414,7 @@ def _quantize_tiles_both(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor
     return codes, scales, codes_t, scales_t
 
 
-@torch.library.custom_op(add_op_namespace_prefix("dequantize"), mutates_args=())
+@operator("dequantize")
 def _dequantize(codes: Tensor, scales: Tensor, tile_m: int, tile: int, dtype: torch.dtype) -> Tensor:
     """codes [M, K], scales [ceil(M / tile_m), ceil(K / tile)] -> [M, K], tile a power of two."""
     return (_triton_dequantize if _launch.use_triton(codes) else _torch_dequantize)(codes, scales, tile_m, tile, dtype)

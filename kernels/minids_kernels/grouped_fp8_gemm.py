@@ -30,7 +30,7 @@ from torch import Tensor
 from . import _launch
 from ._checks import check_shape, compute_dtype
 from ._launch import tl, triton
-from ._ops import add_op_namespace_prefix
+from ._operator import operator
 from .fp8_gemm import (
     E4M3,
     GROUP,
@@ -352,7 +352,7 @@ def _torch_segments(x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
 # --- registration -----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(add_op_namespace_prefix("grouped_fp8_gemm"), mutates_args=())
+@operator("grouped_fp8_gemm")
 def _grouped_fp8_gemm(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor, out_dtype: torch.dtype
 ) -> Tensor:
@@ -361,28 +361,28 @@ def _grouped_fp8_gemm(
     return out
 
 
-@torch.library.custom_op(add_op_namespace_prefix("grouped_fp8_gemm_masked"), mutates_args=("out",))
+@operator("grouped_fp8_gemm_masked", mutates_args=("out",))
 def _grouped_fp8_gemm_masked(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, expected: int, out: Tensor
 ) -> None:
     (_triton_masked if _launch.use_triton(a) else _torch_masked)(a, a_scale, b, b_scale, counts, expected, out)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("grouped_fp8_gemm_wgrad"), mutates_args=())
+@operator("grouped_fp8_gemm_wgrad")
 def _grouped_fp8_gemm_wgrad(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor) -> Tensor:
     out = a.new_empty(offsets.shape[0] - 1, a.shape[0], b.shape[0], dtype=torch.float32)
     (_triton_wgrad if _launch.use_triton(a) else _torch_wgrad)(a, a_scale, b, b_scale, offsets, out)
     return out
 
 
-@torch.library.custom_op(add_op_namespace_prefix("grouped_fp8_gemm_wgrad_add"), mutates_args=("out",))
+@operator("grouped_fp8_gemm_wgrad_add", mutates_args=("out",))
 def _grouped_fp8_gemm_wgrad_add(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor, out: Tensor
 ) -> None:
     (_triton_wgrad if _launch.use_triton(a) else _torch_wgrad)(a, a_scale, b, b_scale, offsets, out, add=True)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("quantize_segments_transposed"), mutates_args=())
+@operator("quantize_segments_transposed")
 def _quantize_segments(x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """Codes are uint8 here, e4m3's bits."""
     return (_triton_segments if _launch.use_triton(x) else _torch_segments)(x, offsets)
@@ -427,7 +427,7 @@ def empty_experts(w: Tensor) -> tuple[Tensor, Tensor]:
     return w.new_empty(w.shape, dtype=torch.uint8), scales
 
 
-@torch.library.custom_op(add_op_namespace_prefix("grouped_fp8_linear"), mutates_args=())
+@operator("grouped_fp8_linear")
 def _grouped_fp8_linear(
     x: Tensor, w: Tensor, offsets: Tensor, out_dtype: torch.dtype, for_x: bool, for_w: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

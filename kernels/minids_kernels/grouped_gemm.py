@@ -28,7 +28,7 @@ from torch import Tensor
 from . import _launch
 from ._checks import check_float, check_shape, compute_dtype
 from ._launch import tl, triton
-from ._ops import add_op_namespace_prefix
+from ._operator import operator
 
 __all__ = ["grouped_gemm", "grouped_gemm_reference"]
 
@@ -240,12 +240,12 @@ def grouped_outer(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
 # --- registration -----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(add_op_namespace_prefix("grouped_gemm"), mutates_args=())
+@operator("grouped_gemm")
 def _grouped_gemm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     return grouped_mm(x, w, offsets)
 
 
-_grouped_outer = torch.library.custom_op(add_op_namespace_prefix("grouped_outer"), grouped_outer, mutates_args=())
+_grouped_outer = operator("grouped_outer")(grouped_outer)
 
 
 @_grouped_gemm.register_fake

@@ -30,7 +30,7 @@ from torch import Tensor
 from . import _launch, _mla_attention_torch
 from ._checks import check_float, check_shape, compute_dtype
 from ._launch import tl, triton
-from ._ops import add_op_namespace_prefix
+from ._operator import operator
 
 __all__ = ["mla_attention", "mla_attention_reference"]
 
@@ -421,7 +421,7 @@ def _triton_bwd(
 # q, k: whole rows, or with q_pe, k_pe their nope columns. (Lists of tensors would cost 60 us a call.)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("mla_attention"), mutates_args=())
+@operator("mla_attention")
 def _mla_attention(
     q: Tensor, q_pe: Tensor | None, k: Tensor, k_pe: Tensor | None, v: Tensor, cu_seqlens: Tensor,
     cu_seqlens_k: Tensor | None, causal: bool, scale: float, with_lse: bool, keep: bool,
@@ -433,7 +433,7 @@ def _mla_attention(
     return forward(_given(q, q_pe), _given(k, k_pe), v, *bounds, causal, scale, with_lse, keep)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("mla_attention_backward"), mutates_args=())
+@operator("mla_attention_backward")
 def _mla_attention_backward(
     dout: Tensor, q: Tensor, q_pe: Tensor | None, k: Tensor, k_pe: Tensor | None, v: Tensor, out: Tensor, lse: Tensor,
     kept: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, causal: bool, scale: float,

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import _launch
 from ._checks import check_float, check_shape
 from ._launch import tl, triton
-from ._ops import add_op_namespace_prefix
+from ._operator import operator
 from .fp8_quant import E4M3, TILE, ScaleFormat, dequantize_tiles, native_e4m3, quantize_groups, quantize_tiles
 from .rms_norm import rms_norm_reference, torch_fwd
 from .rope import rope, rope_reference
@@ -169,7 +169,7 @@ def _torch(
 # --- registration -----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(add_op_namespace_prefix("write_latent_cache"), mutates_args=("kv_cache",))
+@operator("write_latent_cache", mutates_args=("kv_cache",))
 def _write_latent_cache(
     kv: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, slots: Tensor, eps: float,
     q_pe: Tensor | None,

@@ -34,7 +34,7 @@ from torch import Tensor
 from . import _launch
 from ._checks import check_float, check_shape
 from ._launch import tl, triton
-from ._ops import add_op_namespace_prefix
+from ._operator import operator
 from .fp8_quant import E4M3, TILE, decode_e4m3, native_e4m3
 from .mla_cache import aligned_rows, row_bytes, row_fields, widened_rows
 
@@ -354,7 +354,7 @@ def _torch_decode(
 # --- registration -----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(add_op_namespace_prefix("mla_decode"), mutates_args=())
+@operator("mla_decode")
 def _mla_decode(
     q: Tensor, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, v_dim: int, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from . import _launch
 from ._checks import check_float, check_shape, compute_dtype
 from ._launch import tl, triton
-from ._ops import add_op_namespace_prefix
+from ._operator import operator
 from .fp8_quant import quantize_tiles
 from .grouped_fp8_gemm import (
     empty_experts,
@@ -186,12 +186,8 @@ def _torch_activate_backward(dout: Tensor, gate_up: Tensor, weight: Tensor) -> t
 
 
 def _torch_combine(y: Tensor, place: Tensor, top_k: int, weight: Tensor | None) -> Tensor:
-    y = y if weight is None else y * _spread(weight, place, y.dtype)
-    first, *others = place.view(-1, top_k).unbind(1)
-    out = y.index_select(0, first)
-    for rows in others:
-        out += y.index_select(0, rows)
-    return out
+    weight = None if weight is None else weight.to(y.dtype)
+    return F.embedding_bag(place.view(-1, top_k), y, mode="sum", per_sample_weights=weight)
 
 
 def _spare(x: Tensor) -> int:
@@ -222,10 +218,10 @@ def _gather(x: Tensor, token: Tensor, out: Tensor) -> Tensor:
 def _torch_fwd(
     x: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, plan: MoePlan
 ) -> tuple[Tensor, Tensor]:
-    """One expert after the other, whose rows stay in the caches from the gather to the sum. What its products write
-    behind its segment are zeros, and the next expert's to overwrite."""
+    """One expert after the other, whose rows stay in the caches. What its products write behind its segment is the next
+    expert's to overwrite."""
     spare, pairs = _spare(x), topk_weight.numel()
-    out, gate_up = torch.zeros_like(x), x.new_empty(pairs + spare, w_gate_up.shape[1])
+    gate_up, y = (x.new_empty(pairs + spare, width) for width in (w_gate_up.shape[1], x.shape[1]))
     gate_up[pairs:].zero_()
     weight = F.pad(_spread(topk_weight, plan.place, x.dtype), (0, 0, 0, spare))
     segments = _segments(plan.offsets, spare)
@@ -233,16 +229,15 @@ def _torch_fwd(
     for expert, start, end, stop in segments:
         mine = _gather(x, plan.token[start:end], rows[: stop - start])
         torch.mm(mine, w_gate_up[expert].T, out=gate_up[start:stop])
-        y = torch.mm(_torch_activate(gate_up[start:stop], weight[start:stop]), w_down[expert].T, out=mine)
-        out.index_add_(0, plan.token[start:end], y[: end - start])
-    return out, gate_up
+        torch.mm(_torch_activate(gate_up[start:stop], weight[start:stop]), w_down[expert].T, out=y[start:stop])
+    return _torch_combine(y, plan.place, topk_weight.shape[1], None), gate_up
 
 
 def _torch_bwd(
     dout: Tensor, x: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, gate_up: Tensor, plan: MoePlan
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     spare, pairs = _spare(x), topk_weight.numel()
-    dx, dweight = torch.zeros_like(x), x.new_empty(pairs)
+    dx, dweight = x.new_empty(pairs + spare, x.shape[1]), x.new_empty(pairs)
     dw_gate_up, dw_down = torch.empty_like(w_gate_up), torch.empty_like(w_down)
     weight = F.pad(_spread(topk_weight, plan.place, x.dtype), (0, 0, 0, spare))
     segments = _segments(plan.offsets, spare)
@@ -258,12 +253,11 @@ def _torch_bwd(
             dgate_up[end - start :].zero_()
         torch.mm(dmine.T, scaled, out=dw_down[expert])
         torch.mm(dgate_up.T, mine, out=dw_gate_up[expert])
-        torch.mm(dgate_up, w_gate_up[expert], out=dmine)
-        dx.index_add_(0, plan.token[start:end], dmine[: end - start])
+        torch.mm(dgate_up, w_gate_up[expert], out=dx[start:stop])
     for idle in set(range(w_down.shape[0])).difference(expert for expert, *_ in segments):
         dw_gate_up[idle].zero_()
         dw_down[idle].zero_()
-    return dx, dweight, dw_gate_up, dw_down
+    return _torch_combine(dx, plan.place, topk_weight.shape[1], None), dweight, dw_gate_up, dw_down
 
 
 # --- forward and backward ---------------------------------------------------------------------------------------------
@@ -359,7 +353,7 @@ def _fp8_mm(rows: tuple[Tensor, Tensor], w: Sequence[Tensor], offsets: Tensor, d
     return grouped_fp8_gemm(*rows, w[0].view(torch.float8_e4m3fn), w[1], offsets, dtype)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("moe_experts"), mutates_args=())
+@operator("moe_experts")
 def _moe_experts(
     x: Tensor, topk_ids: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, fp8: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
@@ -373,7 +367,7 @@ def _moe_experts(
     return out, gate_up, *plan, []
 
 
-@torch.library.custom_op(add_op_namespace_prefix("moe_experts_backward"), mutates_args=())
+@operator("moe_experts_backward")
 def _moe_experts_backward(
     dout: Tensor, x: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, gate_up: Tensor, offsets: Tensor,
     place: Tensor, token: Tensor, codes: list[Tensor],
@@ -429,14 +423,14 @@ def _backward(ctx, dout, *_):
 _moe_experts.register_autograd(_backward, setup_context=_setup)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("moe_permute"), mutates_args=())
+@operator("moe_permute")
 def _moe_permute(x: Tensor, topk_ids: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> rows [T * k, D], and the plan."""
     plan = _plan(topk_ids, n_experts)
     return x.index_select(0, plan.token), *plan
 
 
-@torch.library.custom_op(add_op_namespace_prefix("moe_unpermute"), mutates_args=())
+@operator("moe_unpermute")
 def _moe_unpermute(y: Tensor, place: Tensor, token: Tensor, top_k: int, weight: Tensor | None) -> Tensor:
     return _combine(y, place, top_k, weight)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import _launch
 from ._checks import check_float, check_shape
 from ._launch import tl, triton
-from ._ops import add_op_namespace_prefix
+from ._operator import operator
 
 __all__ = ["moe_gate", "moe_gate_reference"]
 
@@ -223,7 +223,7 @@ def _torch_bwd(
 # --- registration -----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(add_op_namespace_prefix("moe_gate"), mutates_args=())
+@operator("moe_gate")
 def _moe_gate(
     logits: Tensor, bias: Tensor, top_k: int, n_group: int, topk_group: int, norm: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -232,7 +232,7 @@ def _moe_gate(
     return forward(logits, bias, top_k, n_group, topk_group, norm, scale)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("moe_gate_backward"), mutates_args=())
+@operator("moe_gate_backward")
 def _moe_gate_backward(
     dweight: Tensor | None, dscores: Tensor | None, ids: Tensor, scores: Tensor, norm: bool, scale: float,
     dtype: torch.dtype,

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from . import _launch
-from ._checks import check_float, check_shape, compute_dtype
+from ._checks import as_rows, as_shape, check_float, check_shape, compute_dtype
 from ._launch import tl, triton
-from ._ops import add_op_namespace_prefix
+from ._operator import operator
 
 __all__ = ["rms_norm", "rms_norm_reference"]
 
@@ -278,14 +278,14 @@ def _torch_bwd(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dsum: Tensor
 # --- registration -----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(add_op_namespace_prefix("rms_norm"), mutates_args=())
+@operator("rms_norm")
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x [M, N] -> y [M, N] in out_dtype, rstd [M]."""
     y, _, rstd = (_triton_fwd if _launch.use_triton(x) else torch_fwd)(x, weight, None, eps, out_dtype)
     return y, rstd
 
 
-@torch.library.custom_op(add_op_namespace_prefix("add_rms_norm"), mutates_args=())
+@operator("add_rms_norm")
 def _add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -293,7 +293,7 @@ def _add_rms_norm(
     return (_triton_fwd if _launch.use_triton(x) else torch_fwd)(x, weight, residual, eps, out_dtype)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("rms_norm_backward"), mutates_args=())
+@operator("rms_norm_backward")
 def _rms_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dsum: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -381,9 +381,9 @@ def rms_norm(
     is not [N], a residual of another shape, or N over 65,536.
     """
     check_inputs(x, weight, residual)
-    rows = x.reshape(-1, x.shape[-1])
+    rows, dtype = as_rows(x), compute_dtype(x)
     if residual is None:
-        y, _ = _rms_norm(rows, weight, eps, compute_dtype(x))
-        return y.view(x.shape)
-    y, total, _ = _add_rms_norm(rows, residual.reshape(rows.shape), weight, eps, compute_dtype(x))
-    return y.view(x.shape), total.view(x.shape)
+        y, _ = _rms_norm(rows, weight, eps, dtype)
+        return as_shape(y, x.shape)
+    y, total, _ = _add_rms_norm(rows, as_rows(residual), weight, eps, dtype)
+    return as_shape(y, x.shape), as_shape(total, x.shape)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import _launch
 from ._launch import tl, triton
-from ._ops import add_op_namespace_prefix
+from ._operator import operator
 from .fp8_quant import (
     E4M3,
     TILE,
@@ -181,7 +181,7 @@ def _torch(
 # --- registration -----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(add_op_namespace_prefix("rms_norm_quant"), mutates_args=())
+@operator("rms_norm_quant")
 def _rms_norm_quant(
     x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, ue8m0: bool, transposed: bool
 ) -> list[Tensor]:

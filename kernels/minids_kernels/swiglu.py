@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _launch
-from ._checks import check_float
+from ._checks import as_rows, as_shape, check_float
 from ._launch import tl, triton
-from ._ops import add_op_namespace_prefix
+from ._operator import operator
 
 __all__ = ["swiglu", "swiglu_reference"]
 
@@ -136,7 +136,7 @@ def torch_bwd(dy: Tensor, gate_up: Tensor) -> Tensor:
 # --- registration -----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(add_op_namespace_prefix("swiglu"), mutates_args=())
+@operator("swiglu")
 def _swiglu(gate_up: Tensor) -> Tensor:
     """gate_up [M, 2F] -> [M, F]."""
     return (_triton_fwd if _launch.use_triton(gate_up) else torch_fwd)(gate_up)
@@ -147,9 +147,7 @@ def swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     return (_triton_bwd if _launch.use_triton(gate_up) else torch_bwd)(dy, gate_up)
 
 
-_swiglu_backward = torch.library.custom_op(
-    add_op_namespace_prefix("swiglu_backward"), swiglu_backward, mutates_args=()
-)  # fmt: skip
+_swiglu_backward = operator("swiglu_backward")(swiglu_backward)
 
 
 @_swiglu.register_fake
@@ -190,5 +188,4 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """
     check_float("gate_up", gate_up)
     check_halves(gate_up)
-    width = gate_up.shape[-1]
-    return _swiglu(gate_up.reshape(gate_up.shape[:-1].numel(), width)).view(*gate_up.shape[:-1], width // 2)
+    return as_shape(_swiglu(as_rows(gate_up)), (*gate_up.shape[:-1], gate_up.shape[-1] // 2))

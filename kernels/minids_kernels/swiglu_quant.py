@@ -18,7 +18,7 @@ from torch import Tensor
 from . import _launch
 from ._checks import check_shape
 from ._launch import tl, triton
-from ._ops import add_op_namespace_prefix
+from ._operator import operator
 from .fp8_quant import (
     E4M3,
     TILE,
@@ -166,13 +166,13 @@ def _torch_backward(dy: Tensor, gate_up: Tensor, ue8m0: bool) -> tuple[Tensor, T
 # --- registration -----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(add_op_namespace_prefix("swiglu_quant"), mutates_args=())
+@operator("swiglu_quant")
 def _swiglu_quant(gate_up: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
     """gate_up [M, 2F] -> codes [M, F] (uint8, e4m3's bits: `opcheck` knows no e4m3), scales [M, ceil(F / 128)]."""
     return (_triton if _launch.use_triton(gate_up) else _torch)(gate_up, ue8m0)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("swiglu_backward_quant"), mutates_args=())
+@operator("swiglu_backward_quant")
 def _swiglu_backward_quant(dy: Tensor, gate_up: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dy [M, F], gate_up [M, 2F] -> codes [M, 2F], scales [M, ceil(2F / 128)], codes [2F, M], scales
     [2F, ceil(M / 128)]."""

@@ -133,7 +133,7 @@ def test_a_built_variant_loads_and_serves(hub: ModuleType, tmp_path: Path) -> No
     repository = built_variant(tmp_path)
     loaded = hub.get_local_kernel(repository, backend="cpu")
     assert loaded.__file__.startswith(str(tmp_path)) and "rms_norm" in loaded.__all__
-    assert loaded.rms_norm.__globals__["_rms_norm"]._qualname.startswith("_minids_kernels_cpu_1a2b3c4::")
+    assert loaded.rms_norm.__globals__["_rms_norm"].registered._qualname.startswith("_minids_kernels_cpu_1a2b3c4::")
     assert loaded.layers.RMSNorm is not layers.RMSNorm
 
     mapping = {name: {"cpu": hub.LocalLayerRepository(repo_path=repository, layer_name=name)} for name in SERVED}

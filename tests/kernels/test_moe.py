@@ -135,8 +135,8 @@ def test_no_count_leaves_the_device(tokens: int) -> None:
         ids = torch.empty(tokens, 3, dtype=torch.int64)
 
         def both() -> None:
-            out, *kept = room._moe_experts._init_fn(x.detach(), ids, weight.detach(), wg.detach(), wd.detach(), False)
-            room._moe_experts_backward._init_fn(out, x.detach(), weight.detach(), wg.detach(), wd.detach(), *kept)
+            out, *kept = room._moe_experts.function(x.detach(), ids, weight.detach(), wg.detach(), wd.detach(), False)
+            room._moe_experts_backward.function(out, x.detach(), weight.detach(), wg.detach(), wd.detach(), *kept)
 
         names = [launch.kernel.__name__ for launch in record([("", both)], "sm_90")]
     product = f"_grouped_gemm_{'small_' * (3 * tokens <= 32)}kernel"
