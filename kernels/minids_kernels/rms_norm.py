@@ -263,13 +263,14 @@ def torch_fwd(
 
 
 def _torch_bwd(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dsum: Tensor | None) -> tuple[Tensor, Tensor]:
-    """dx = rstd * (dy * w - x * rstd^2 * mean(dy * w * x)). Both sums over dy * x, the weights' over rows and the
-    mean over columns, are products of a matrix and a vector."""
-    xs, dys, ws = x.to(rstd.dtype), dy.to(rstd.dtype), weight.to(rstd.dtype)
-    products = dys * xs
-    dweight = rstd @ products
-    shift = (products @ ws).mul_(rstd).mul_(rstd).div_(-x.shape[-1])
-    dx = torch.mul(dys, ws, out=products).addcmul_(xs, shift.unsqueeze(-1)).mul_(rstd.unsqueeze(-1))
+    """dx = rstd * (dy * w - x * rstd^2 * mean(dy * w * x)) is what a layer norm of mean 0 gives back, plus the mean of dy *
+    w that it takes away."""
+    statistic, width = rstd.dtype, x.shape[-1]
+    xs, dys, ws, column = x.to(statistic), dy.to(statistic), weight.to(statistic), rstd.unsqueeze(-1)
+    dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
+        dys, xs, [width], torch.zeros_like(column), column, ws, None, [True, True, False]
+    )
+    dx += (dys @ ws).mul_(rstd).div_(width).unsqueeze(-1)
     if dsum is not None:
         dx += dsum
     return dx.to(x.dtype), dweight.to(weight.dtype)
