@@ -67,6 +67,7 @@ def _v3(shape: Shape) -> bool:
 
 
 LARGE, SMALL = "M >= 4096", "M 16..128"
+TRITON = ("vllm triton", "sglang triton")
 
 GOALS = (  # 21 and up are of MLA, 18 and 19 of the CPU
     Goal(1, "fp8_gemm", "fwd", ("cublas",), 1.0, 1.1, where=_large, which=LARGE),
@@ -113,6 +114,8 @@ GOALS = (  # 21 and up are of MLA, 18 and 19 of the CPU
          which="B=128, H=128"),
     Goal(23, "mla_decode", "fwd", ("flashmla",), 0.85, 1.1, where=lambda s: s["B"] == 1 and s["T"] >= 32_768,
          which="B=1, T >= 32768"),
+    Goal(24, "mla_decode", "fwd", TRITON, 1.2, 1.5, where=lambda s: s["H"] == 16, which="H=16"),
+    Goal(24, "mla_decode", "fwd", TRITON, 2.0, 4.0, where=lambda s: s["H"] == 128, which="H=128"),
     Goal(25, "mla_decode", "fp8 fwd", ("without fp8",), 1.4, 1.7, where=lambda s: s["H"] <= 64, which="H <= 64"),
     Goal(27, "mla_attention", "fwd", ("cudnn",), 0.8, 0.95, where=_v3, which="192/128, one document"),
     Goal(30, "mla_attention", "fwd+bwd", ("flex",), 1.5, 2.0, where=lambda s: s["documents"] >= 16,

@@ -11,7 +11,7 @@ import torch
 from minids_kernels import _launch, mla_decode, quantize_latent_cache
 from torch import Tensor
 
-from benchmarks import flash
+from benchmarks import flash, triton_decode
 from benchmarks.protocol import (
     OURS,
     Case,
@@ -30,11 +30,12 @@ from benchmarks.protocol import (
 DTYPE = torch.bfloat16
 PAGE = 64
 
-# sequences, new tokens, heads, rows of each sequence, Dc, Dr: V3's heads on one of 8 devices and on one, one long
-# sequence, several new tokens; mini models
+# sequences, new tokens, heads, rows of each sequence, Dc, Dr: V3's heads on one of 8 devices and on one, short and long
+# sequences, several new tokens; mini models
 GPU_SHAPES = [
-    (128, 1, 16, 4096, 512, 64), (128, 1, 128, 4096, 512, 64), (1, 1, 128, 32_768, 512, 64),
-    (128, 2, 16, 4096, 512, 64), (32, 4, 64, 8192, 512, 64),
+    (128, 1, 16, 4096, 512, 64), (128, 1, 128, 4096, 512, 64), (128, 1, 64, 1024, 512, 64),
+    (1, 1, 128, 32_768, 512, 64), (1, 1, 128, 131_072, 512, 64), (128, 2, 16, 4096, 512, 64),
+    (32, 4, 64, 8192, 512, 64),
 ]  # fmt: skip
 CPU_SHAPES, SMALL_SHAPE = [(1, 1, 8, 2048, 64, 16), (8, 1, 8, 2048, 64, 16)], (2, 2, 4, 128, 128, 8)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of the root mean square: roundings of the dtype
@@ -51,13 +52,17 @@ def attend(q: Tensor, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, v
     return torch.einsum("bsht,btd->bshd", share, rows[..., :v_dim])
 
 
-def _flash(v_dim: int, scale: float) -> dict[str, Contestant]:
-    """Those that know V3's widths alone."""
-    binds = {"flashmla": flash.flash_mla_decode, "fa3": flash.fa3_decode}
-    return {
-        name: Contestant(functools.partial(bind, v_dim=v_dim, scale=scale), package="vllm", on=("sm_90",))
-        for name, bind in binds.items()
-    }
+def _others(new: int, v_dim: int, rest: int) -> dict[str, Contestant]:
+    """Other projects': Hopper's know V3's widths alone, Triton's one new token."""
+    options: dict[str, Any] = {"v_dim": v_dim, "scale": (v_dim + rest) ** -0.5}
+    found = {}
+    if (v_dim, rest) == (512, 64):
+        for name, bind in (("flashmla", flash.flash_mla_decode), ("fa3", flash.fa3_decode)):
+            found[name] = Contestant(functools.partial(bind, **options), package="vllm", on=("sm_90",))
+    if new == 1:
+        for package, bind in (("vllm", triton_decode.vllm_decode), ("sglang", triton_decode.sglang_decode)):
+            found[f"{package} triton"] = Contestant(functools.partial(bind, **options), package=package, on=("cuda",))
+    return found
 
 
 def _case(
@@ -94,7 +99,7 @@ def _case(
             OURS: Contestant(calls(ours), package="minids"),
             "eager": Contestant(calls(eager)),
             "compile": Contestant(compiled(eager)),
-            **(_flash(v_dim, width**-0.5) if (v_dim, rest) == (512, 64) else {}),
+            **_others(new, v_dim, rest),
         },
         tolerance=TOLERANCE[dtype],
         bytes=batch * (length * width + new * heads * (width + v_dim)) * dtype.itemsize,

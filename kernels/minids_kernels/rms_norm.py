@@ -263,8 +263,8 @@ def torch_fwd(
 
 
 def _torch_bwd(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dsum: Tensor | None) -> tuple[Tensor, Tensor]:
-    """dx = rstd * (dy * w - x * rstd^2 * mean(dy * w * x)) is what a layer norm of mean 0 gives back, plus the mean of dy *
-    w that it takes away."""
+    """dx = rstd * (dy * w - x * rstd^2 * mean(dy * w * x)) is what a layer norm of mean 0 gives back, plus rstd times
+    the mean of dy * w, which that takes away."""
     statistic, width = rstd.dtype, x.shape[-1]
     xs, dys, ws, column = x.to(statistic), dy.to(statistic), weight.to(statistic), rstd.unsqueeze(-1)
     dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
