@@ -39,7 +39,7 @@ ALLOWED = {
     "evaluate": MIDDLE | {"infer", "loading"},
 }
 TOP = {"cli", "quickstart", "doctor", "plan", "__main__", "__init__"}  # may import anything of minids
-# fp8_quant: what fp8 rooms quantise with; swiglu: the activation inside moe, whose derivative must not exist twice;
+# fp8_quant: what fp8 rooms quantise with; swiglu, swiglu_quant: the activation inside moe, which must not exist twice;
 # grouped_gemm: the products inside moe, and how grouped_fp8_gemm numbers tiles; rms_norm: what rms_norm_quant computes
 # before it quantises;
 # fp8_gemm: the three products of fp8_linear, one expert's in grouped_fp8_gemm; _*_torch: a room's path;
@@ -59,6 +59,7 @@ ROOM_MAY_IMPORT = {
     "rms_norm",
     "rope",
     "swiglu",
+    "swiglu_quant",
 }
 NOT_ROOMS = {"__init__", "layers", "compat"}
 

@@ -120,6 +120,7 @@ def launches(arch: str, every: bool) -> list[tuple[str, Callable[[], Any]]]:
     def both(width: int, scale_format: Any) -> None:
         gate_up, dy = torch.empty(256, 2 * width, dtype=DTYPE), torch.empty(256, width, dtype=DTYPE)
         swiglu_quant(gate_up, scale_format)
+        swiglu_quant(gate_up, scale_format, torch.empty(256, dtype=DTYPE))
         swiglu_backward_quant(dy, gate_up, scale_format)
 
     return [

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from . import _launch
 from ._checks import check_float, check_shape, compute_dtype
 from ._launch import tl, triton
 from ._operator import operator
-from .fp8_quant import quantize_tiles
+from .fp8_quant import ScaleFormat, quantize_tiles
 from .grouped_fp8_gemm import (
     empty_experts,
     grouped_fp8_gemm,
@@ -33,6 +33,7 @@ from .grouped_fp8_gemm import (
 )
 from .grouped_gemm import grouped_mm, grouped_outer
 from .swiglu import swiglu_gradients, swiglu_values
+from .swiglu_quant import swiglu_quant
 
 __all__ = ["MoePlan", "moe_experts", "moe_experts_reference", "moe_permute", "moe_unpermute"]
 
@@ -277,10 +278,6 @@ def _spread(weight: Tensor, place: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.new_empty(place.shape, dtype=dtype).scatter_(0, place, weight.flatten().to(dtype)).unsqueeze(1)
 
 
-def _activate(gate_up: Tensor, weight: Tensor) -> Tensor:
-    return (_triton_activate if _launch.use_triton(gate_up) else _torch_activate)(gate_up, weight)
-
-
 def _activate_backward(dout: Tensor, gate_up: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     backward = _triton_activate_backward if _launch.use_triton(gate_up) else _torch_activate_backward
     return backward(dout, gate_up, weight)
@@ -313,17 +310,20 @@ def _triton_bwd(
     return _triton_combine(drows, plan.place, topk_weight.shape[1], None), dweight, dw_gate_up, dw_down
 
 
+def _permuted_codes(x: Tensor, token: Tensor, scale_format: ScaleFormat) -> tuple[Tensor, Tensor]:
+    """Codes and scales of the tokens' rows: a token is quantised once, whatever the number of its experts."""
+    codes, scales = quantize_tiles(x, scale_format)
+    return codes.view(torch.uint8).index_select(0, token).view(codes.dtype), scales.index_select(0, token)
+
+
 def _fp8_fwd(
     x: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, plan: MoePlan
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """-> out, gate_up, both weights' codes and scales. A token is quantised once, whatever the number of its experts:
-    its codes are gathered."""
-    weight = _spread(topk_weight, plan.place, x.dtype)
+    """-> out, gate_up, both weights' codes and scales."""
     gate_up_codes, down_codes = quantize_experts(w_gate_up), quantize_experts(w_down)
-    codes, scales = quantize_tiles(x)
-    rows = codes.view(torch.uint8).index_select(0, plan.token).view(codes.dtype), scales.index_select(0, plan.token)
-    gate_up = _fp8_mm(rows, gate_up_codes, plan.offsets, x.dtype)
-    y = _fp8_mm(quantize_tiles(_activate(gate_up, weight)), down_codes, plan.offsets, x.dtype)
+    gate_up = _fp8_mm(_permuted_codes(x, plan.token, "fp32"), gate_up_codes, plan.offsets, x.dtype)
+    scaled = swiglu_quant(gate_up, weight=_spread(topk_weight, plan.place, x.dtype).squeeze(1))
+    y = _fp8_mm(scaled, down_codes, plan.offsets, x.dtype)
     return _combine(y, plan.place, topk_weight.shape[1]), gate_up, [*gate_up_codes, *down_codes]
 
 
@@ -492,17 +492,32 @@ def _check_ids(topk_ids: Tensor, tokens: int | None) -> None:
         raise ValueError(f"topk_ids: got shape {tuple(topk_ids.shape)}, allowed is one expert a token or more")
 
 
-def moe_permute(x: Tensor, topk_ids: Tensor, n_experts: int) -> tuple[Tensor, MoePlan]:
+@overload
+def moe_permute(x: Tensor, topk_ids: Tensor, n_experts: int, scale_format: None = None) -> tuple[Tensor, MoePlan]: ...
+@overload
+def moe_permute(
+    x: Tensor, topk_ids: Tensor, n_experts: int, scale_format: ScaleFormat
+) -> tuple[tuple[Tensor, Tensor], MoePlan]: ...
+def moe_permute(
+    x: Tensor, topk_ids: Tensor, n_experts: int, scale_format: ScaleFormat | None = None
+) -> tuple[Tensor | tuple[Tensor, Tensor], MoePlan]:
     """x [T, D], topk_ids [T, k] int64 below n_experts -> rows [T * k, D] sorted by expert, without padding, and the
     plan, whose offsets are what `grouped_gemm` takes. Differentiable in x.
 
-    Raises TypeError for a dtype that is no float or ids that are not int64, ValueError when shapes disagree.
+    With `scale_format` as `quantize_tiles` has it the rows are e4m3 codes [T * k, D] and scales [T * k, ceil(D / 128)],
+    what `grouped_fp8_gemm` takes, of tokens quantised before they are copied; then not differentiable.
+
+    Raises TypeError for a dtype that is no float or ids that are not int64, ValueError when shapes disagree; with
+    `scale_format` also what `quantize_tiles` raises.
     """
     check_float("x", x)
     check_shape("x", x, (None, None))
     _check_ids(topk_ids, x.shape[0])
-    rows, *plan = _moe_permute(x, topk_ids, n_experts)
-    return rows, MoePlan(*plan)
+    if scale_format is not None:
+        plan = _plan(topk_ids, n_experts)
+        return _permuted_codes(x, plan.token, scale_format), plan
+    rows, *parts = _moe_permute(x, topk_ids, n_experts)
+    return rows, MoePlan(*parts)
 
 
 def moe_unpermute(y: Tensor, plan: MoePlan, topk_weight: Tensor) -> Tensor:

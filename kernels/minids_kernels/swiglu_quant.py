@@ -1,7 +1,7 @@
 """SwiGLU and its gradient, quantised to fp8 in the same pass: the input of an expert's second product, and the gradient
 that flows into both products of the first one's backward (DeepSeek-V3 report, arXiv 2412.19437, section 3.3).
 
-    swiglu_quant(gate_up) = quantize_tiles(swiglu(gate_up))
+    swiglu_quant(gate_up, weight) = quantize_tiles(swiglu(gate_up) * weight)
     swiglu_backward_quant(dy, gate_up) = quantize_tiles_both(the gradient of swiglu)
 
 with what is quantised kept in fp32: it is not rounded to the inputs' dtype in between. gate_up [..., 2F] in fp32, bf16
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _launch
-from ._checks import check_shape
+from ._checks import as_rows, check_shape
 from ._launch import tl, triton
 from ._operator import operator
 from .fp8_quant import (
@@ -43,9 +43,12 @@ __all__ = [
 ]
 
 
-def swiglu_quant_reference(gate_up: Tensor, scale_format: ScaleFormat = "fp32") -> tuple[Tensor, Tensor]:
-    """Plain PyTorch: gate_up [M, 2F] -> codes [M, F], scales [M, ceil(F / 128)]."""
-    return quantize_tiles_reference(swiglu_reference(gate_up.float()), scale_format)
+def swiglu_quant_reference(
+    gate_up: Tensor, scale_format: ScaleFormat = "fp32", weight: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Plain PyTorch: gate_up [M, 2F], weight [M] -> codes [M, F], scales [M, ceil(F / 128)]."""
+    y = swiglu_reference(gate_up.float())
+    return quantize_tiles_reference(y if weight is None else y * weight.float().unsqueeze(-1), scale_format)
 
 
 def swiglu_backward_quant_reference(
@@ -63,10 +66,11 @@ def swiglu_backward_quant_reference(
 
 @triton.jit
 def _swiglu_quant_kernel(
-    gate_up_ptr, codes_ptr, scales_ptr, M, N, stride,
+    gate_up_ptr, weight_ptr, codes_ptr, scales_ptr, M, N, stride, HAS_WEIGHT: tl.constexpr,
     UE8M0: tl.constexpr, NATIVE: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j): ROWS rows, GROUPS tiles of each; gate_up [M, 2N], codes [M, N], scales [M, ceil(N / 128)]."""
+    """Program (i, j): ROWS rows, GROUPS tiles of each; gate_up [M, 2N], weight [M], codes [M, N], scales
+    [M, ceil(N / 128)]."""
     groups = tl.cdiv(N, TILE)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)[None, :]
@@ -75,7 +79,10 @@ def _swiglu_quant_kernel(
     mask = (rows < M) & (cols < N)
     gate = tl.load(gate_up_ptr + rows * stride + cols, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + rows * stride + N + cols, mask=mask, other=0.0).to(tl.float32)
-    codes, scale = quantize_groups(swiglu_values(gate, up), UE8M0, NATIVE)
+    y = swiglu_values(gate, up)
+    if HAS_WEIGHT:
+        y *= tl.load(weight_ptr + rows, mask=rows < M, other=0.0).to(tl.float32)
+    codes, scale = quantize_groups(y, UE8M0, NATIVE)
     tl.store(codes_ptr + rows * N + cols, codes, mask=mask)
     tl.store(scales_ptr + row * groups + group, scale, mask=(row < M) & (group < groups))
 
@@ -122,15 +129,15 @@ def _empty(x: Tensor, rows: int, width: int) -> tuple[Tensor, Tensor]:
     return x.new_empty(rows, width, dtype=torch.uint8), scales
 
 
-def _triton(gate_up: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
+def _triton(gate_up: Tensor, weight: Tensor | None, ue8m0: bool) -> tuple[Tensor, Tensor]:
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     gate_up = _rows(gate_up)
     codes, scales = _empty(gate_up, rows, width)
     config = _launch.config("swiglu_quant", "swiglu_quant", _launch.arch(gate_up), N=width)
     _launch.launch(
         _swiglu_quant_kernel, (triton.cdiv(rows, config["ROWS"]), triton.cdiv(scales.shape[1], config["GROUPS"])),
-        gate_up, codes, scales, rows, width, gate_up.stride(0),
-        UE8M0=ue8m0, NATIVE=native_e4m3(gate_up), TILE=TILE, **config,
+        gate_up, gate_up if weight is None else weight.contiguous(), codes, scales, rows, width, gate_up.stride(0),
+        HAS_WEIGHT=weight is not None, UE8M0=ue8m0, NATIVE=native_e4m3(gate_up), TILE=TILE, **config,
     )  # fmt: skip
     return codes, scales
 
@@ -152,8 +159,11 @@ def _triton_backward(dy: Tensor, gate_up: Tensor, ue8m0: bool) -> tuple[Tensor, 
 # --- PyTorch path -----------------------------------------------------------------------------------------------------
 
 
-def _torch(gate_up: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
-    codes, scales = quantize_tiles(torch_fwd(gate_up.float()), "ue8m0" if ue8m0 else "fp32")
+def _torch(gate_up: Tensor, weight: Tensor | None, ue8m0: bool) -> tuple[Tensor, Tensor]:
+    y = torch_fwd(gate_up.float())
+    if weight is not None:
+        y.mul_(weight.unsqueeze(1))
+    codes, scales = quantize_tiles(y, "ue8m0" if ue8m0 else "fp32")
     return codes.view(torch.uint8), scales
 
 
@@ -167,9 +177,10 @@ def _torch_backward(dy: Tensor, gate_up: Tensor, ue8m0: bool) -> tuple[Tensor, T
 
 
 @operator("swiglu_quant")
-def _swiglu_quant(gate_up: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
-    """gate_up [M, 2F] -> codes [M, F] (uint8, e4m3's bits: `opcheck` knows no e4m3), scales [M, ceil(F / 128)]."""
-    return (_triton if _launch.use_triton(gate_up) else _torch)(gate_up, ue8m0)
+def _swiglu_quant(gate_up: Tensor, weight: Tensor | None, ue8m0: bool) -> tuple[Tensor, Tensor]:
+    """gate_up [M, 2F], weight [M] -> codes [M, F] (uint8, e4m3's bits: `opcheck` knows no e4m3), scales
+    [M, ceil(F / 128)]."""
+    return (_triton if _launch.use_triton(gate_up) else _torch)(gate_up, weight, ue8m0)
 
 
 @operator("swiglu_backward_quant")
@@ -180,7 +191,7 @@ def _swiglu_backward_quant(dy: Tensor, gate_up: Tensor, ue8m0: bool) -> tuple[Te
 
 
 @_swiglu_quant.register_fake
-def _(gate_up: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
+def _(gate_up: Tensor, weight: Tensor | None, ue8m0: bool) -> tuple[Tensor, Tensor]:
     return _empty(gate_up, gate_up.shape[0], gate_up.shape[1] // 2)
 
 
@@ -193,17 +204,23 @@ def _(dy: Tensor, gate_up: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor,
 # --- public ops -------------------------------------------------------------------------------------------------------
 
 
-def swiglu_quant(gate_up: Tensor, scale_format: ScaleFormat = "fp32") -> tuple[Tensor, Tensor]:
-    """gate_up [..., 2F] fp32, bf16 or fp16 -> swiglu's codes [..., F] e4m3 and scales [..., ceil(F / 128)] fp32. Not
-    differentiable.
+def swiglu_quant(
+    gate_up: Tensor, scale_format: ScaleFormat = "fp32", weight: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """gate_up [..., 2F] fp32, bf16 or fp16 -> swiglu's codes [..., F] e4m3 and scales [..., ceil(F / 128)] fp32; with
+    `weight` [...], a router's, those of swiglu times it. Not differentiable.
 
-    Raises TypeError for another dtype, ValueError for an odd last dimension or a `scale_format` other than "fp32" and
-    "ue8m0".
+    Raises TypeError for another dtype, ValueError for an odd last dimension, a weight of another shape or a
+    `scale_format` other than "fp32" and "ue8m0".
     """
     ue8m0 = _check_input("gate_up", gate_up, scale_format)
     check_halves(gate_up)
     *outer, width = gate_up.shape
-    codes, scales = _swiglu_quant(gate_up.reshape(gate_up.shape[:-1].numel(), width), ue8m0)
+    if weight is not None:
+        _check_input("weight", weight, scale_format)
+        check_shape("weight", weight, tuple(outer))
+        weight = weight.reshape(-1)
+    codes, scales = _swiglu_quant(as_rows(gate_up), weight, ue8m0)
     return codes.view(E4M3).view(*outer, width // 2), scales.view(*outer, scales.shape[1])
 
 

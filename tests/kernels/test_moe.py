@@ -12,12 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from minids_kernels import (
     _launch,
+    fp8_gemm,
+    grouped_fp8_gemm,
     grouped_fp8_linear,
     grouped_gemm,
     moe_experts,
     moe_experts_reference,
     moe_permute,
     moe_unpermute,
+    quantize_blocks,
+    quantize_tiles,
 )
 from minids_kernels._ops import ops
 from torch import Tensor
@@ -257,6 +261,20 @@ def test_plan(device: torch.device) -> None:
     assert plan.offsets.tolist() == [0, 2, 2, 5, 6, 6]
     assert plan.token.tolist() == rows[:, 0].tolist() == [0, 2, 0, 1, 2, 1]
     assert plan.place.tolist() == [2, 0, 3, 5, 1, 4]
+
+
+def test_permuted_codes_are_those_of_permuted_rows(device: torch.device) -> None:
+    """Tiles lie within rows. What comes out is what the grouped product takes."""
+    x, ids = torch.randn(70, 200, device=device), route(70, 4, 2).to(device)
+    rows, plan = moe_permute(x, ids, 4)
+    (codes, scales), same = moe_permute(x, ids, 4, "ue8m0")
+    want, wanted = quantize_tiles(rows, "ue8m0")
+    assert torch.equal(codes.float(), want.float()) and torch.equal(scales, wanted)
+    assert codes.is_contiguous() and all(torch.equal(a, b) for a, b in zip(plan, same, strict=True))
+    w, w_scale = quantize_blocks(torch.randn(48, 200, device=device), "ue8m0")
+    out = grouped_fp8_gemm(codes, scales, w.expand(4, -1, -1), w_scale.expand(4, -1, -1), same.offsets, torch.float32)
+    want = fp8_gemm(want, wanted, w, w_scale, torch.float32).cpu().double()
+    assert_near(out.cpu(), want, error_bound(torch.float32, 4, 4 * 200))
 
 
 def test_permutations_are_registered_well(device: torch.device) -> None:

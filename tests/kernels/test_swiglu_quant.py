@@ -63,6 +63,8 @@ def test_agrees_with_torch(shape: tuple[int, int], dtype: torch.dtype, scale_for
     dy, gate_up = inputs(shape, dtype, device)
     y, grad = exact(dy, gate_up)
     assert_near_exact(*swiglu_quant(gate_up, scale_format), y)
+    weight = torch.randn(shape[0]).to(device)
+    assert_near_exact(*swiglu_quant(gate_up, scale_format, weight), y * weight.double().unsqueeze(1))
     codes, scales, codes_t, scales_t = swiglu_backward_quant(dy, gate_up, scale_format)
     assert_near_exact(codes, scales, grad)
     assert_near_exact(codes_t, scales_t, grad.t())
@@ -76,6 +78,9 @@ def test_the_bits_of_both_steps(shape: tuple[int, int], scale_format: str, devic
         pytest.skip("two kernels may be compiled to other roundings")
     dy, gate_up = inputs(shape, torch.float32, device)
     assert_same_bits(swiglu_quant(gate_up, scale_format), quantize_tiles(swiglu(gate_up), scale_format))
+    weight = torch.randn(shape[0], device=device)
+    weighted = quantize_tiles(swiglu(gate_up) * weight.unsqueeze(1), scale_format)
+    assert_same_bits(swiglu_quant(gate_up, scale_format, weight), weighted)
     want = quantize_tiles_both(swiglu_backward(dy, gate_up), scale_format)
     assert_same_bits(swiglu_backward_quant(dy, gate_up, scale_format), want)
 
@@ -84,6 +89,8 @@ def test_references() -> None:
     dy, gate_up = inputs((131, 300), torch.bfloat16, torch.device("cpu"))
     y, grad = exact(dy, gate_up)
     assert_near_exact(*swiglu_quant_reference(gate_up), y)
+    weight = torch.randn(131)
+    assert_near_exact(*swiglu_quant_reference(gate_up, weight=weight), y * weight.double().unsqueeze(1))
     codes, scales, codes_t, scales_t = swiglu_backward_quant_reference(dy, gate_up)
     assert_near_exact(codes, scales, grad)
     assert_near_exact(codes_t, scales_t, grad.t())
@@ -93,9 +100,11 @@ def test_references() -> None:
 def test_strides_and_unwritten_memory(layout: Callable[[Tensor], Tensor], device: torch.device) -> None:
     """poisoned_memory fills codes with NaN's bits as well."""
     dy, gate_up = inputs((33, 300), torch.float32, device)
-    want = (*swiglu_quant(gate_up), *swiglu_backward_quant(dy, gate_up))
+    weight = torch.randn(33, device=device)
+    want = (*swiglu_quant(gate_up, weight=weight), *swiglu_backward_quant(dy, gate_up))
     with poisoned_memory():
-        got = (*swiglu_quant(layout(gate_up)), *swiglu_backward_quant(layout(dy), layout(gate_up)))
+        forward = swiglu_quant(layout(gate_up), weight=weight.repeat_interleave(2)[::2])
+        got = (*forward, *swiglu_backward_quant(layout(dy), layout(gate_up)))
     assert_same_bits(got, want)
 
 
@@ -104,6 +113,9 @@ def test_any_number_of_dimensions(device: torch.device) -> None:
     codes, scales = swiglu_quant(gate_up.view(2, 3, 300))
     assert codes.shape == (2, 3, 150) and scales.shape == (2, 3, 2)
     assert_same_bits((codes.view(6, 150), scales.view(6, 2)), swiglu_quant(gate_up))
+    weight = torch.randn(6, device=device)
+    codes, scales = swiglu_quant(gate_up.view(2, 3, 300), weight=weight.view(2, 3))
+    assert_same_bits((codes.view(6, 150), scales.view(6, 2)), swiglu_quant(gate_up, weight=weight))
     codes, scales = swiglu_quant(gate_up[0])
     assert codes.shape == (150,) and scales.shape == (2,)
 
@@ -119,7 +131,8 @@ def test_nan_is_seen(device: torch.device) -> None:
 
 def test_operators_are_registered_well(device: torch.device) -> None:
     dy, gate_up = inputs((5, 300), torch.float32, device)
-    opcheck(ops.swiglu_quant.default, (gate_up, False))
+    opcheck(ops.swiglu_quant.default, (gate_up, None, False))
+    opcheck(ops.swiglu_quant.default, (gate_up, torch.randn(5, device=device), False))
     opcheck(ops.swiglu_backward_quant.default, (dy, gate_up, True))
 
 
@@ -138,6 +151,8 @@ def test_bad_input() -> None:
         swiglu_quant(torch.zeros(3, 8).double())
     with pytest.raises(ValueError, match=r"gate_up: got shape \(3, 7\), allowed is an even last dimension"):
         swiglu_quant(torch.zeros(3, 7))
+    with pytest.raises(ValueError, match=r"weight: got shape \(4,\), allowed is \(3\)"):
+        swiglu_quant(torch.zeros(3, 8), weight=torch.zeros(4))
     with pytest.raises(ValueError, match="scale_format: got 'fp8', allowed are 'fp32' and 'ue8m0'"):
         swiglu_quant(torch.zeros(3, 8), "fp8")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"dy: got shape \(3, 8\), allowed is \(3, 4\)"):
