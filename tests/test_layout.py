@@ -42,7 +42,8 @@ TOP = {"cli", "quickstart", "doctor", "plan", "__main__", "__init__"}  # may imp
 # fp8_quant: what fp8 rooms quantise with; swiglu, swiglu_quant: the activation inside moe, which must not exist twice;
 # grouped_gemm: the products inside moe, and how grouped_fp8_gemm numbers tiles; rms_norm: what rms_norm_quant computes
 # before it quantises;
-# fp8_gemm: the three products of fp8_linear, one expert's in grouped_fp8_gemm; _*_torch: a room's path;
+# fp8_gemm: the three products of fp8_linear, one expert's in grouped_fp8_gemm, as that is grouped_fp8_linear's, whose
+# experts' codes moe has too; _*_torch: a room's path;
 # mla_cache: rows that mla_decode and mla_prefill read, made by rms_norm and rope; mla_attention: mla_prefill's
 ROOM_MAY_IMPORT = {
     "_operator",
@@ -53,6 +54,7 @@ ROOM_MAY_IMPORT = {
     "fp8_gemm",
     "fp8_quant",
     "grouped_fp8_gemm",
+    "grouped_fp8_linear",
     "grouped_gemm",
     "mla_attention",
     "mla_cache",

@@ -22,11 +22,10 @@ from .grouped_fp8_gemm import (
     grouped_fp8_gemm_reference,
     grouped_fp8_gemm_wgrad,
     grouped_fp8_gemm_wgrad_reference,
-    grouped_fp8_linear,
-    grouped_fp8_linear_reference,
     quantize_segments_transposed,
     quantize_segments_transposed_reference,
 )
+from .grouped_fp8_linear import grouped_fp8_linear, grouped_fp8_linear_reference
 from .grouped_gemm import grouped_gemm, grouped_gemm_reference
 from .mla_attention import mla_attention, mla_attention_reference
 from .mla_cache import quantize_latent_cache, write_latent_cache, write_latent_cache_reference

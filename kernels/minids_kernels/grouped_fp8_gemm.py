@@ -1,5 +1,5 @@
-"""Products of fp8 (e4m3) codes for each expert's rows, and the linear layer of them (DeepSeek-V3 report, arXiv
-2412.19437, section 3.3): `fp8_gemm` for segments of rows, as `grouped_gemm` has them.
+"""Products of fp8 (e4m3) codes for each expert's rows (DeepSeek-V3 report, arXiv 2412.19437, section 3.3): `fp8_gemm`
+for segments of rows, as `grouped_gemm` has them.
 
     y[t]  = a[t] @ b[e].T        a [T, K] in 1x128 tiles, b [E, N, K] in 128x128 blocks, t in the segment of expert e
     dw[e] = dy_e.T @ x_e         both in 128x1 tiles, summed in fp32
@@ -24,11 +24,10 @@ from __future__ import annotations
 import itertools
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import _launch
-from ._checks import check_shape, compute_dtype
+from ._checks import check_shape
 from ._launch import tl, triton
 from ._operator import operator
 from .fp8_gemm import (
@@ -43,14 +42,7 @@ from .fp8_gemm import (
     _torch_gemm,
     _values,
 )
-from .fp8_quant import (
-    encode_e4m3,
-    quantize_blocks,
-    quantize_tiles,
-    quantize_tiles_transposed,
-    quantize_tiles_transposed_reference,
-    scales_of,
-)
+from .fp8_quant import encode_e4m3, quantize_tiles_transposed, quantize_tiles_transposed_reference, scales_of
 from .grouped_gemm import SMALL, segment_at, segment_of
 
 __all__ = [
@@ -59,8 +51,6 @@ __all__ = [
     "grouped_fp8_gemm_reference",
     "grouped_fp8_gemm_wgrad",
     "grouped_fp8_gemm_wgrad_reference",
-    "grouped_fp8_linear",
-    "grouped_fp8_linear_reference",
     "quantize_segments_transposed",
     "quantize_segments_transposed_reference",
 ]
@@ -82,13 +72,6 @@ def grouped_fp8_gemm_wgrad_reference(a: Tensor, a_scale: Tensor, b: Tensor, b_sc
     left, right = _dequantize(a, a_scale, 1), _dequantize(b, b_scale, 1)
     columns = [slice(first, first + count) for first, count in _columns(offsets)]
     return torch.stack([left[:, c] @ right[:, c].T for c in columns])
-
-
-def grouped_fp8_linear_reference(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
-    """The products without quantisation, in fp32: x [T, K], w [E, N, K] -> [T, N] in x's dtype."""
-    pieces = [x[start:end].float() @ m.float().T for (start, end), m in zip(_bounds(offsets), w, strict=True)]
-    rest = x.new_zeros(x.shape[0] - int(offsets[-1]), w.shape[1], dtype=torch.float32)
-    return torch.cat([*pieces, rest]).to(x.dtype)
 
 
 def quantize_segments_transposed_reference(x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
@@ -411,68 +394,6 @@ def _(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor, o
 _quantize_segments.register_fake(_empty_segments)
 
 
-def quantize_experts(w: Tensor) -> tuple[Tensor, Tensor]:
-    """w [E, N, K] -> codes [E, N, K] as uint8, scales [E, ceil(N / 128), ceil(K / 128)]; a block is one expert's."""
-    experts, rows, width = w.shape
-    padded = F.pad(w, (0, 0, 0, -rows % GROUP)) if rows % GROUP else w
-    codes, scales = quantize_blocks(padded.reshape(experts * padded.shape[1], width))
-    codes = codes.view(torch.uint8).view(padded.shape)[:, :rows].contiguous()
-    return codes, scales.view(experts, -(-rows // GROUP), scales.shape[1])
-
-
-def empty_experts(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and scales as `quantize_experts` gives them, unwritten."""
-    experts, rows, width = w.shape
-    scales = w.new_empty(experts, -(-rows // GROUP), -(-width // GROUP), dtype=torch.float32)
-    return w.new_empty(w.shape, dtype=torch.uint8), scales
-
-
-@operator("grouped_fp8_linear")
-def _grouped_fp8_linear(
-    x: Tensor, w: Tensor, offsets: Tensor, out_dtype: torch.dtype, for_x: bool, for_w: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> y [T, N]; for x's gradient w's codes and scales, for w's gradient x's codes and scales in tiles of its
-    segments, else empty tensors. Codes are uint8."""
-    w_codes, w_scales = quantize_experts(w)
-    y = _grouped_fp8_gemm(*quantize_tiles(x), w_codes.view(E4M3), w_scales, offsets, out_dtype)
-    if not for_x:
-        w_codes, w_scales = w_codes.new_empty(0, 0, 0), w_scales.new_empty(0, 0, 0)
-    kept = _quantize_segments(x, offsets) if for_w else (w_codes.new_empty(0, 0), w_scales.new_empty(0, 0))
-    return y, w_codes, w_scales, *kept
-
-
-@_grouped_fp8_linear.register_fake
-def _(
-    x: Tensor, w: Tensor, offsets: Tensor, out_dtype: torch.dtype, for_x: bool, for_w: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    codes, scales = empty_experts(w if for_x else w.new_empty(0, 0, 0))
-    empty = x.new_empty(0, 0, dtype=torch.uint8), x.new_empty(0, 0, dtype=torch.float32)
-    kept = _empty_segments(x, offsets) if for_w else empty
-    return x.new_empty(x.shape[0], w.shape[1], dtype=out_dtype), codes, scales, *kept
-
-
-def _setup(ctx, inputs, output) -> None:
-    x, w, offsets, *_ = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(offsets, *output[1:])
-    ctx.dtypes = x.dtype, w.dtype
-
-
-def _backward(ctx, dy, *_):
-    offsets, w_codes, w_scales, x_codes, x_scales = ctx.saved_tensors
-    dx = dw = None
-    if ctx.needs_input_grad[0]:
-        turned = w_codes.transpose(1, 2).contiguous().view(E4M3), w_scales.transpose(1, 2)
-        dx = _grouped_fp8_gemm(*quantize_tiles(dy), *turned, offsets, ctx.dtypes[0])
-    if ctx.needs_input_grad[1]:
-        codes, scales = _quantize_segments(dy, offsets)
-        dw = _grouped_fp8_gemm_wgrad(codes.view(E4M3), scales, x_codes.view(E4M3), x_scales, offsets).to(ctx.dtypes[1])
-    return dx, dw, None, None, None, None
-
-
-_grouped_fp8_linear.register_autograd(_backward, setup_context=_setup)
-
-
 # --- public ops -------------------------------------------------------------------------------------------------------
 
 
@@ -589,24 +510,3 @@ def quantize_segments_transposed(x: Tensor, offsets: Tensor) -> tuple[Tensor, Te
     _check_offsets(offsets, None)
     codes, scales = _quantize_segments(x, offsets)
     return codes.view(E4M3), scales
-
-
-def grouped_fp8_linear(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
-    """x [T, K] sorted by expert, w [E, N, K], offsets int32 [E + 1] -> [T, N]: x[t] @ w[e].T as `grouped_gemm` has it,
-    by fp8 products forward and backward, in x's dtype (autocast's under autocast). x and w in bf16, fp16 or fp32, each
-    gradient in its tensor's dtype. Differentiable in both, once. w is quantised once a call; for the backward pass x
-    and w are kept as fp8 codes only.
-
-    Raises TypeError for another dtype, ValueError for shapes that do not fit and for K or N of 0.
-    """
-    _check_dtype("x", x, *OUT_DTYPES)
-    _check_dtype("w", w, *OUT_DTYPES)
-    check_shape("x", x, (None, None))
-    _check_depth("x", x)
-    check_shape("w", w, (None, None, x.shape[1]))
-    if w.shape[1] == 0:
-        raise ValueError(f"w: got shape {tuple(w.shape)}, allowed is 1 row an expert or more")
-    _check_offsets(offsets, w.shape[0])
-    grad = torch.is_grad_enabled()
-    y, *_ = _grouped_fp8_linear(x, w, offsets, compute_dtype(x), grad and x.requires_grad, grad and w.requires_grad)
-    return y

@@ -24,13 +24,8 @@ from ._checks import check_float, check_shape, compute_dtype
 from ._launch import tl, triton
 from ._operator import operator
 from .fp8_quant import ScaleFormat, quantize_tiles
-from .grouped_fp8_gemm import (
-    empty_experts,
-    grouped_fp8_gemm,
-    grouped_fp8_gemm_wgrad,
-    quantize_experts,
-    quantize_segments_transposed,
-)
+from .grouped_fp8_gemm import grouped_fp8_gemm, grouped_fp8_gemm_wgrad, quantize_segments_transposed
+from .grouped_fp8_linear import empty_experts, quantize_experts
 from .grouped_gemm import grouped_mm, grouped_outer
 from .swiglu import swiglu_gradients, swiglu_values
 from .swiglu_quant import swiglu_quant
