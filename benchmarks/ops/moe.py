@@ -76,6 +76,13 @@ def grouped(x: Tensor, topk_ids: Tensor, topk_weight: Tensor, w_gate_up: Tensor,
     return torch.zeros_like(x).index_add(0, token, y * topk_weight.flatten()[order, None].to(y.dtype))
 
 
+def liger(x: Tensor, topk_ids: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
+    from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+
+    out: Tensor = LigerFusedMoEFunction.apply(x, w_gate_up, w_down, topk_ids.int(), topk_weight)
+    return out
+
+
 def _case(
     tokens: int, width: int, inner: int, experts: int, top_k: int, dtype: torch.dtype, mode: str, device: torch.device
 ) -> Case:
@@ -101,6 +108,7 @@ def _case(
             OURS: Contestant(calls(moe_experts, mode), package="minids"),
             "eager": Contestant(calls(eager, mode)),
             "F.grouped_mm": Contestant(calls(grouped, mode)),
+            "liger": Contestant(calls(liger, mode), package="liger-kernel", on=("cuda",)),
         },
         tolerance=2e-2 if dtype == torch.bfloat16 else 1e-5,  # of the root mean square: roundings in between
         bytes=passes * (2 * tokens * width + 3 * experts * width * inner) * dtype.itemsize,
