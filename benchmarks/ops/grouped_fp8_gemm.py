@@ -208,4 +208,6 @@ def launches(arch: str, every: bool) -> list[tuple[str, Callable[[], Any]]]:
         calls.append((f"wgrad {'added' if add else 'written'}", partial(_wgrad, 4096, add)))
     calls += [(f"masked M={count}", partial(_masked, count)) for count in (rows if every else rows[-1:])]
     x, offsets = torch.empty(4096, WIDTH, dtype=torch.bfloat16), torch.zeros(EXPERTS + 1, dtype=torch.int32)
-    return [*calls, ("quantise", lambda: quantize_segments_transposed(x, offsets))]
+    token = torch.zeros(8192, dtype=torch.int64)
+    calls.append(("quantise", lambda: quantize_segments_transposed(x, offsets)))
+    return [*calls, ("quantise tokens", lambda: quantize_segments_transposed(x, offsets, token))]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from minids_kernels import _launch, grouped_gemm, grouped_gemm_reference
+from minids_kernels.grouped_gemm import grouped_mm
 from torch import Tensor
 
 from benchmarks.protocol import (
@@ -120,9 +121,9 @@ def tuning() -> dict[str, Tuning]:
 
 
 def launches(arch: str, every: bool) -> list[tuple[str, Callable[[], Any]]]:
-    """(label, call) pairs for benchmarks.aot: forward and both gradients of DeepSeek-V3's gate_up product with many
-    rows and with decoding's few; with `every` at each entry of the tables, also those for widths that are no
-    multiples of 16."""
+    """(label, call) pairs for benchmarks.aot: forward, of tokens' rows as well, and both gradients of DeepSeek-V3's
+    gate_up product with many rows and with decoding's few; with `every` at each entry of the tables, also those for
+    widths that are no multiples of 16."""
     rows = {512}
     if every:
         rows |= {entry["shape"]["rows"] for entry in _launch.entries("grouped_gemm", "many", arch)}
@@ -130,8 +131,10 @@ def launches(arch: str, every: bool) -> list[tuple[str, Callable[[], Any]]]:
     def both(tokens: int, width: int) -> None:
         x = torch.empty(tokens, width, dtype=DTYPE).requires_grad_()
         w = torch.empty(EXPERTS, 2 * INNER, width, dtype=DTYPE).requires_grad_()
-        y = grouped_gemm(x, w, torch.zeros(EXPERTS + 1, dtype=torch.int32))
+        offsets = torch.zeros(EXPERTS + 1, dtype=torch.int32)
+        y = grouped_gemm(x, w, offsets)
         y.backward(torch.empty_like(y))
+        grouped_mm(x.detach(), w.detach(), offsets, torch.zeros(tokens, dtype=torch.int64))
 
     cases = [(count * EXPERTS, WIDTH) for count in sorted(rows, reverse=True)] + [(8, WIDTH)]
     if every:

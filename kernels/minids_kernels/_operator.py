@@ -8,7 +8,7 @@ Test: tests/kernels/test_operator.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -45,26 +45,20 @@ class Operator:
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling() or _is_traced():
             return self.registered(*args)
-        wanted = False
-        for x in _tensors(args):
-            if type(x) not in PLAIN:
-                return self.registered(*args)
-            wanted = wanted or x.requires_grad
-        if not (wanted and torch.is_grad_enabled()):
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        listed = [x for some in args if isinstance(some, list) for x in some]
+        if any(type(x) not in PLAIN for x in (*tensors, *listed)):
+            return self.registered(*args)
+        wanted, of_lists = (torch.is_grad_enabled() and any(x.requires_grad for x in xs) for xs in (tensors, listed))
+        if not wanted and not of_lists:
             return self.function(*args)
-        return (self._direct or self.registered)(*args)
+        if self._direct is None or of_lists:  # autograd.Function does not look into lists
+            return self.registered(*args)
+        return self._direct(*args)
 
 
 def _is_traced() -> bool:
     return bool(torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active())
-
-
-def _tensors(args: Iterable[Any]) -> Iterator[Tensor]:
-    for x in args:
-        if isinstance(x, Tensor):
-            yield x
-        elif isinstance(x, list):
-            yield from _tensors(x)
 
 
 def operator(name: str, mutates_args: Iterable[str] = ()) -> Callable[[Callable], Operator]:

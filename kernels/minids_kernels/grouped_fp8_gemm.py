@@ -185,17 +185,19 @@ def _grouped_fp8_gemm_wgrad_kernel(
 
 @triton.jit
 def _quantize_segments_kernel(
-    x_ptr, offsets_ptr, codes_ptr, scales_ptr, E, K, x_stride,
-    TILE: tl.constexpr, COLS: tl.constexpr, EXPERTS: tl.constexpr,
+    x_ptr, token_ptr, offsets_ptr, codes_ptr, scales_ptr, E, K, x_stride,
+    GATHERED: tl.constexpr, TILE: tl.constexpr, COLS: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j): tile number i, columns COLS j.. of x. codes [K, 128 tiles], scales [K, tiles] contiguous."""
+    """Program (i, j): tile number i, columns COLS j.. of x, of its row token[t] where GATHERED, else of row t. codes
+    [K, 128 tiles], scales [K, tiles] contiguous."""
     tile, tiles = tl.program_id(0), tl.num_programs(0)
     _, first, end = segment_of(tile, offsets_ptr, E, 0, TILE, EXPERTS)
     lane = tl.arange(0, TILE)
     rows = (first + lane).to(tl.int64)[:, None]
     col = tl.program_id(1).to(tl.int64) * COLS + tl.arange(0, COLS)
     cols = col[None, :]
-    x = tl.load(x_ptr + rows * x_stride + cols, mask=(rows < end) & (cols < K), other=0.0).to(tl.float32)
+    source = tl.load(token_ptr + rows, mask=rows < end, other=0) if GATHERED else rows
+    x = tl.load(x_ptr + source * x_stride + cols, mask=(rows < end) & (cols < K), other=0.0).to(tl.float32)
     scale, inverse = scales_of(tl.max(tl.abs(x), axis=0), False)
     codes = encode_e4m3(x * inverse[None, :], False)
     tl.store(codes_ptr + (cols * tiles + tile) * TILE + lane[:, None], codes, mask=cols < K)
@@ -269,21 +271,21 @@ def _triton_wgrad(
     )  # fmt: skip
 
 
-def _empty_segments(x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+def _empty_segments(x: Tensor, offsets: Tensor, token: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Codes and scales as `quantize_segments_transposed` gives them, unwritten."""
-    groups = x.shape[0] // GROUP + offsets.shape[0] - 1
+    groups = (x if token is None else token).shape[0] // GROUP + offsets.shape[0] - 1
     codes = x.new_empty(x.shape[1], groups * GROUP, dtype=torch.uint8)
     return codes, x.new_empty(x.shape[1], groups, dtype=torch.float32)
 
 
-def _triton_segments(x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+def _triton_segments(x: Tensor, offsets: Tensor, token: Tensor | None) -> tuple[Tensor, Tensor]:
     x = x if x.stride(1) == 1 else x.contiguous()
-    codes, scales = _empty_segments(x, offsets)
+    codes, scales = _empty_segments(x, offsets, token)
     config = _launch.config("grouped_fp8_gemm", "quantize_segments_transposed", _launch.arch(x))
     _launch.launch(
         _quantize_segments_kernel, (scales.shape[1], triton.cdiv(x.shape[1], config["COLS"])),
-        x, offsets, codes, scales, offsets.shape[0] - 1, x.shape[1], x.stride(0),
-        TILE=GROUP, EXPERTS=triton.next_power_of_2(offsets.shape[0]), **config,
+        x, offsets if token is None else token, offsets, codes, scales, offsets.shape[0] - 1, x.shape[1], x.stride(0),
+        GATHERED=token is not None, TILE=GROUP, EXPERTS=triton.next_power_of_2(offsets.shape[0]), **config,
     )  # fmt: skip
     return codes, scales
 
@@ -322,8 +324,9 @@ def _torch_wgrad(
             out[expert].zero_()
 
 
-def _torch_segments(x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+def _torch_segments(x: Tensor, offsets: Tensor, token: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rows go to where their segment's tiles lie, zeros between; one quantisation for all."""
+    x = x if token is None else x.index_select(0, token)
     starts, live = offsets[:-1], int(offsets[-1])
     shift = (starts // GROUP + torch.arange(starts.shape[0], device=x.device)) * GROUP - starts
     rows = torch.arange(live, device=x.device) + shift.repeat_interleave(offsets.diff(), output_size=live)
@@ -366,9 +369,9 @@ def _grouped_fp8_gemm_wgrad_add(
 
 
 @operator("quantize_segments_transposed")
-def _quantize_segments(x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+def _quantize_segments(x: Tensor, offsets: Tensor, token: Tensor | None) -> tuple[Tensor, Tensor]:
     """Codes are uint8 here, e4m3's bits."""
-    return (_triton_segments if _launch.use_triton(x) else _torch_segments)(x, offsets)
+    return (_triton_segments if _launch.use_triton(x) else _torch_segments)(x, offsets, token)
 
 
 @_grouped_fp8_gemm.register_fake
@@ -498,15 +501,22 @@ def grouped_fp8_gemm_wgrad(
     return out
 
 
-def quantize_segments_transposed(x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_segments_transposed(
+    x: Tensor, offsets: Tensor, token: Tensor | None = None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """x [T, K] fp32, bf16 or fp16 sorted by expert, offsets int32 [E + 1] -> codes [K, 128 G] e4m3, scales [K, G] fp32,
     G = T // 128 + E: each segment's 128x1 tiles, transposed, expert e's from column 128 (offsets[e] // 128 + e) on.
-    Columns between segments hold zeros; rows past offsets[E] are left out. Scales as `quantize_tiles` has them.
+    Columns between segments hold zeros; rows past offsets[E] are left out. Scales as `quantize_tiles` has them. With
+    `token` int64 [T], a `MoePlan`'s, x is not sorted: row t is x[token[t]], and is not copied before.
 
-    Raises TypeError for another dtype or offsets that are not int32, ValueError for shapes that do not fit.
+    Raises TypeError for another dtype, offsets that are not int32 or tokens that are not int64, ValueError for shapes
+    that do not fit.
     """
     _check_dtype("x", x, *OUT_DTYPES)
     check_shape("x", x, (None, None))
     _check_offsets(offsets, None)
-    codes, scales = _quantize_segments(x, offsets)
+    if token is not None:
+        check_shape("token", token, (None,))
+        _check_dtype("token", token, torch.int64)
+    codes, scales = _quantize_segments(x, offsets, token)
     return codes.view(E4M3), scales

@@ -80,18 +80,20 @@ def segment_at(row, offsets_ptr, E, T, EXPERTS: tl.constexpr):
 
 @triton.jit
 def _grouped_gemm_kernel(
-    x_ptr, w_ptr, offsets_ptr, y_ptr, T, E, N, K, x_row, x_col, w_expert, w_row, w_col,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EXPERTS: tl.constexpr,
-    EVEN_K: tl.constexpr,
+    x_ptr, token_ptr, w_ptr, offsets_ptr, y_ptr, T, E, N, K, x_row, x_col, w_expert, w_row, w_col,
+    GATHERED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    EXPERTS: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y [T, N] contiguous a program; EXPERTS: a power of two above E; E itself stands for "no expert"."""
+    """One tile of y [T, N] contiguous a program, of row token[t] of x where GATHERED, else of row t; EXPERTS: a power
+    of two above E; E itself stands for "no expert"."""
     tile, column = _tile(tl.program_id(0), T // BLOCK_M + E + 1, tl.cdiv(N, BLOCK_N), GROUP)
     expert, row, end = segment_of(tile, offsets_ptr, E, T, BLOCK_M, EXPERTS)
     if row < end:
         rows = (row + tl.arange(0, BLOCK_M))[:, None]
         cols = (column * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
         depth = tl.arange(0, BLOCK_K)
-        x_ptrs = x_ptr + rows.to(tl.int64) * x_row + depth[None, :] * x_col
+        source = tl.load(token_ptr + rows, mask=rows < end, other=0) if GATHERED else rows.to(tl.int64)
+        x_ptrs = x_ptr + source * x_row + depth[None, :] * x_col
         w_ptrs = w_ptr + expert.to(tl.int64) * w_expert + cols.to(tl.int64) * w_row + depth[:, None] * w_col
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in tl.range(0, tl.where(expert < E, K, 0), BLOCK_K):
@@ -111,8 +113,9 @@ def _grouped_gemm_kernel(
 
 @triton.jit
 def _grouped_gemm_small_kernel(
-    x_ptr, w_ptr, offsets_ptr, y_ptr, T, E, N, K, x_row, x_col, w_expert, w_row, w_col,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EXPERTS: tl.constexpr, EVEN_K: tl.constexpr,
+    x_ptr, token_ptr, w_ptr, offsets_ptr, y_ptr, T, E, N, K, x_row, x_col, w_expert, w_row, w_col,
+    GATHERED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EXPERTS: tl.constexpr,
+    EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """T <= BLOCK_M: the whole segment that begins at row program_id(1), BLOCK_N columns of it, as its transpose."""
     start = tl.program_id(1)
@@ -121,7 +124,8 @@ def _grouped_gemm_small_kernel(
         rows = (start + tl.arange(0, BLOCK_M))[None, :]
         cols = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
         depth = tl.arange(0, BLOCK_K)
-        x_ptrs = x_ptr + rows.to(tl.int64) * x_row + depth[:, None] * x_col
+        source = tl.load(token_ptr + rows, mask=rows < end, other=0) if GATHERED else rows.to(tl.int64)
+        x_ptrs = x_ptr + source * x_row + depth[:, None] * x_col
         w_ptrs = w_ptr + expert.to(tl.int64) * w_expert + cols.to(tl.int64) * w_row + depth[None, :] * w_col
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for k in tl.range(0, tl.where(expert < E, K, 0), BLOCK_K):
@@ -179,8 +183,8 @@ def _config(kernel: str, *tensors: Tensor, **shape: int) -> dict[str, Any]:
     return _launch.config("grouped_gemm", kernel + kind, _launch.arch(x), **shape)
 
 
-def _triton_mm(x: Tensor, w: Tensor, offsets: Tensor, out: Tensor) -> None:
-    (rows, depth), (experts, width, _) = x.shape, w.shape
+def _triton_mm(x: Tensor, token: Tensor | None, w: Tensor, offsets: Tensor, out: Tensor) -> None:
+    rows, (experts, width, depth) = out.shape[0], w.shape
     small = rows <= SMALL
     config = _config("small", x, w) if small else _config("many", x, w, rows=rows // max(1, experts))
     block = max(16, triton.next_power_of_2(rows)) if small else config["BLOCK_M"]
@@ -188,8 +192,8 @@ def _triton_mm(x: Tensor, w: Tensor, offsets: Tensor, out: Tensor) -> None:
     _launch.launch(
         _grouped_gemm_small_kernel if small else _grouped_gemm_kernel,
         (columns, rows) if small else ((rows // block + experts + 1) * columns,),
-        x, w, offsets, out, rows, experts, width, depth, *x.stride(), *w.stride(),
-        EXPERTS=triton.next_power_of_2(experts + 1), EVEN_K=depth % config["BLOCK_K"] == 0,
+        x, offsets if token is None else token, w, offsets, out, rows, experts, width, depth, *x.stride(), *w.stride(),
+        GATHERED=token is not None, EXPERTS=triton.next_power_of_2(experts + 1), EVEN_K=depth % config["BLOCK_K"] == 0,
         **config | {"BLOCK_M": block},
     )  # fmt: skip
 
@@ -223,10 +227,14 @@ def _torch_outer(a: Tensor, b: Tensor, offsets: Tensor, out: Tensor) -> None:
 # --- for the inside of other ops: no graph sees them ------------------------------------------------------------------
 
 
-def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
-    """x [T, K], w [E, N, K], any strides -> [T, N], zero in rows past the last segment."""
-    out = x.new_empty(x.shape[0], w.shape[1])
-    (_triton_mm if _launch.use_triton(x) else _torch_mm)(x, w, offsets, out)
+def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor, token: Tensor | None = None) -> Tensor:
+    """x [T, K], w [E, N, K], any strides -> [T, N], zero in rows past the last segment. With `token` int64 [T] row t
+    is x[token[t]], which is not copied before."""
+    out = x.new_empty(len(x if token is None else token), w.shape[1])
+    if _launch.use_triton(x):
+        _triton_mm(x, token, w, offsets, out)
+    else:
+        _torch_mm(x if token is None else x.index_select(0, token), w, offsets, out)
     return out
 
 

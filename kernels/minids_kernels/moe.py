@@ -286,7 +286,7 @@ def _triton_fwd(
     x: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, plan: MoePlan
 ) -> tuple[Tensor, Tensor]:
     """-> out [T, D], gate_up [T * k, 2F]."""
-    gate_up = grouped_mm(x.index_select(0, plan.token), w_gate_up, plan.offsets)
+    gate_up = grouped_mm(x, w_gate_up, plan.offsets, plan.token)
     y = grouped_mm(_triton_activate(gate_up, _spread(topk_weight, plan.place, x.dtype)), w_down, plan.offsets)
     return _triton_combine(y, plan.place, topk_weight.shape[1], None), gate_up
 
@@ -329,15 +329,17 @@ def _fp8_bwd(
     gate_up_turned, down_turned = (
         (codes.transpose(1, 2).contiguous(), scales.transpose(1, 2)) for codes, scales in (kept[:2], kept[2:])
     )
-    dy = dout.index_select(0, plan.token)
-    dscaled = _fp8_mm(quantize_tiles(dy), down_turned, plan.offsets, x.dtype)
+    dscaled = _fp8_mm(_permuted_codes(dout, plan.token, "fp32"), down_turned, plan.offsets, x.dtype)
     scaled, dgate_up, dweight = _activate_backward(dscaled, gate_up, _spread(topk_weight, plan.place, x.dtype))
     dw_down, dw_gate_up = (
         grouped_fp8_gemm_wgrad(
-            *quantize_segments_transposed(left, plan.offsets), *quantize_segments_transposed(right, plan.offsets),
+            *quantize_segments_transposed(left, plan.offsets, left_token),
+            *quantize_segments_transposed(right, plan.offsets, right_token),
             plan.offsets,
         )
-        for left, right in ((dy, scaled), (dgate_up, x.index_select(0, plan.token)))
+        for left, left_token, right, right_token in (
+            (dout, plan.token, scaled, None), (dgate_up, None, x, plan.token),
+        )
     )  # fmt: skip
     drows = _fp8_mm(quantize_tiles(dgate_up), gate_up_turned, plan.offsets, x.dtype)
     return _combine(drows, plan.place, topk_weight.shape[1]), dweight, dw_gate_up, dw_down

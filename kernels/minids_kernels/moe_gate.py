@@ -4,9 +4,9 @@
     follow each other (a group counts the sum of its two best), then the best `top_k` experts in them;
     weight = scale * the chosen scores, without bias, divided by their sum if `norm_topk_prob`.
 
-logits [T, E]: fp32 inside for bf16 and fp16. Equal choices: the kernel takes the lower number, the PyTorch path what
-torch.topk takes; NaN counts as the largest of all, so that numbers of experts are valid whatever comes. One launch
-forward and one backward, on every GPU that Triton knows; choices are compared as integers that sort as their floats do.
+logits [T, E]: fp32 inside for bf16 and fp16. Of equal choices the lower number is taken; NaN counts as the largest of
+all, so that numbers of experts are valid whatever comes. One launch forward and one backward, on every GPU that Triton
+knows; choices are compared as integers that sort as their floats do.
 Test: tests/kernels/test_moe_gate.py. Benchmark: benchmarks/ops/moe_gate.py.
 """
 
@@ -188,6 +188,16 @@ def _triton_bwd(
 # --- PyTorch path -----------------------------------------------------------------------------------------------------
 
 
+def _largest(choice: Tensor, count: int) -> Tensor:
+    """Where in each row of [T, N] its `count` largest numbers are, of equals the first. For a few of them quicker than
+    torch.topk."""
+    rest, found = choice.clamp(min=torch.finfo(choice.dtype).min), []
+    for _ in range(count):
+        found.append(rest.max(-1, keepdim=True).indices)
+        rest.scatter_(-1, found[-1], -torch.inf)
+    return torch.cat(found, -1)
+
+
 def _torch_fwd(
     logits: Tensor, bias: Tensor, top_k: int, n_group: int, topk_group: int, norm: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,9 +206,9 @@ def _torch_fwd(
     if n_group > 1:
         grouped = choice.unflatten(-1, (n_group, -1))
         best = grouped.topk(2, dim=-1).values.sum(-1)
-        hidden = torch.ones_like(best, dtype=torch.bool).scatter_(-1, best.topk(topk_group, dim=-1).indices, False)
+        hidden = torch.ones_like(best, dtype=torch.bool).scatter_(-1, _largest(best, topk_group), False)
         choice = grouped.masked_fill_(hidden.unsqueeze(-1), -torch.inf).flatten(-2)
-    ids = choice.topk(top_k, dim=-1).indices
+    ids = _largest(choice, top_k)
     weight = scores.gather(-1, ids)
     if norm:
         weight /= weight.sum(-1, keepdim=True) + TINY

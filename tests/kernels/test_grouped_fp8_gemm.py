@@ -168,6 +168,9 @@ def test_quantisation_of_segments(counts: list[int], dtype: torch.dtype, way: st
     want_codes, want_scales = quantize_segments_transposed_reference(x, offsets)
     assert codes.dtype == E4M3 and scales.shape == (70, (sum(counts) + 3) // 128 + len(counts))
     assert torch.equal(codes.view(torch.uint8), want_codes.view(torch.uint8)) and torch.equal(scales, want_scales)
+    token = torch.randperm(len(x), device=device)
+    of_tokens = quantize_segments_transposed(torch.empty_like(x).index_copy_(0, token, x), offsets, token)
+    assert torch.equal(of_tokens[0].view(torch.uint8), codes.view(torch.uint8)) and torch.equal(of_tokens[1], scales)
     strided = x.T.contiguous().T
     assert torch.equal(quantize_segments_transposed(strided, offsets)[0].view(torch.uint8), codes.view(torch.uint8))
     for expert, (start, end) in enumerate(itertools.pairwise(offsets.tolist())):
@@ -290,7 +293,7 @@ def test_no_count_leaves_the_device(tokens: int) -> None:
         codes = torch.empty(32, (tokens // 128 + 6) * 128, dtype=E4M3), torch.empty(32, tokens // 128 + 6)
         out = torch.empty(6, 32, 32)
         calls = [
-            ("", lambda: room._triton_segments(x, offsets)),
+            ("", lambda: room._triton_segments(x, offsets, None)),
             ("", lambda: room._triton_gemm(a, torch.empty(tokens, 1), b, torch.empty(6, 1, 1), offsets, y)),
             ("", lambda: room._triton_wgrad(*codes, *codes, offsets, out)),
         ]
@@ -308,7 +311,8 @@ def test_registration(way: str, device: torch.device) -> None:
     opcheck(ops.grouped_fp8_gemm_wgrad.default, tuple(tensors), test_utils=tests)
     opcheck(ops.grouped_fp8_gemm_wgrad_add.default, (*tensors, torch.zeros(3, 20, 40, device=device)), test_utils=tests)
     x, w = torch.randn(47, 40, device=device), torch.randn(3, 20, 40, device=device)
-    opcheck(ops.quantize_segments_transposed.default, (x, tensors[4]))
+    opcheck(ops.quantize_segments_transposed.default, (x, tensors[4], None))
+    opcheck(ops.quantize_segments_transposed.default, (x, tensors[4], torch.randint(len(x), (90,), device=device)))
     leaves = x.requires_grad_(), w.requires_grad_()
     for for_x, for_w in ((True, True), (False, True), (True, False)):
         arguments = (leaves[0] if for_x else x.detach(), leaves[1] if for_w else w.detach(), tensors[4])
@@ -376,6 +380,8 @@ def test_bad_input_of_the_others() -> None:
         quantize_segments_transposed(torch.zeros(3, 4).double(), offsets)
     with pytest.raises(ValueError, match=r"offsets: got shape \(0,\), allowed is one number more than experts"):
         quantize_segments_transposed(torch.zeros(3, 4), offsets[:0])
+    with pytest.raises(TypeError, match=r"token: got torch\.int32, allowed is torch\.int64"):
+        quantize_segments_transposed(torch.zeros(3, 4), offsets, torch.zeros(5).int())
     with pytest.raises(ValueError, match=r"w: got shape \(2, 5, 3\), allowed is \(any, any, 4\)"):
         grouped_fp8_linear(torch.zeros(3, 4), torch.zeros(2, 5, 3), offsets)
     with pytest.raises(ValueError, match=r"w: got shape \(2, 0, 4\), allowed is 1 row an expert or more"):

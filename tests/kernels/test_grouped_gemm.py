@@ -116,6 +116,18 @@ def test_segments_do_not_meet(counts: list[int], device: torch.device) -> None:
     assert all(t.isnan().all() for t in (out2[~mine], dx2[~mine], dw2[1]))
 
 
+@pytest.mark.parametrize("size", [*SIZES, ([9, 0, 8, 3], 2, 24, 40)], ids=str)
+def test_rows_of_tokens(size: tuple[list[int], int, int, int], device: torch.device) -> None:
+    """The bits of rows gathered before, some of them several times; rows that no one asks for hold NaN."""
+    rows, w = (t.to(device) for t in inputs(*size))
+    offsets, token = offsets_of(size[0], device), 2 * torch.randint(50, (len(rows),), device=device)
+    x = torch.full((100, rows.shape[1]), torch.nan, device=device)
+    x[::2] = torch.randn(50, rows.shape[1], device=device)
+    with poisoned_memory():
+        got = room.grouped_mm(x.T.contiguous().T, w, offsets, token)
+    assert torch.equal(got, room.grouped_mm(x[token], w, offsets))
+
+
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_the_same_bits_twice_and_all_written(size: tuple[list[int], int, int, int], device: torch.device) -> None:
     counts = size[0]

@@ -89,6 +89,25 @@ def test_a_subclass_is_dispatched() -> None:
     assert isinstance(y, FakeTensor) and y.shape == (5, 8)
 
 
+def test_gradients_of_lists(leaves: list[Tensor]) -> None:
+    @operator("test_scaled_total")
+    def scaled_total(xs: list[Tensor], factor: Tensor) -> Tensor:
+        return torch.stack([x.sum() for x in xs]).sum() * factor
+
+    def setup(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1], *inputs[0])
+
+    def backward(ctx: Any, dout: Tensor) -> tuple[list[Tensor], Tensor]:
+        factor, *xs = ctx.saved_tensors
+        return [(dout * factor).expand_as(x) for x in xs], dout * torch.stack([x.sum() for x in xs]).sum()
+
+    scaled_total.register_autograd(backward, setup_context=setup)
+    factor = torch.tensor(3.0, requires_grad=True)
+    scaled_total(leaves, factor).backward()
+    assert all(x.grad is not None and (x.grad == 3).all() for x in leaves)
+    assert factor.grad is not None and torch.allclose(factor.grad, sum(x.detach().sum() for x in leaves))
+
+
 def test_a_list_is_looked_into(leaves: list[Tensor]) -> None:
     """An op without a formula must not be run where autograd could follow it piece by piece."""
     total, _ = WEIGHTED_SQUARE(leaves, 2.0)
