@@ -54,6 +54,8 @@ def say(text: str) -> None:
 
 
 def version(package: str) -> str | None:
+    if package == "torch":
+        return torch.__version__  # says which build it is, which wheels' metadata may not
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -102,19 +102,19 @@ def test_can_torch_compile(layer: type[nn.Module]) -> None:
     assert_same_values_and_gradients(own, torch.compile(twin, fullgraph=True, backend="aot_eager"))
 
 
-def built_variant(folder: Path) -> Path:
-    """`folder` as a repository of the hub would be after kernel-builder ran: build/torch-cpu with metadata.json, and an
-    _ops.py with a namespace of the build."""
+def built_variant(folder: Path, backend: str) -> Path:
+    """`folder` as a repository of the hub would be after kernel-builder ran: build/torch-<backend> with metadata.json,
+    and an _ops.py with a namespace of the build."""
     general = tomllib.loads((KERNELS / "build.toml").read_text())["general"]
-    assert "cpu" in general["backends"]
-    variant = folder / "build" / "torch-cpu"
+    assert backend in general["backends"]
+    variant = folder / "build" / f"torch-{backend}"
     shutil.copytree(KERNELS / "minids_kernels", variant, ignore=shutil.ignore_patterns("__pycache__"))
-    unique = f"_{general['name'].replace('-', '_')}_cpu_1a2b3c4"
+    unique = f"_{general['name'].replace('-', '_')}_{backend}_1a2b3c4"
     ops = (variant / "_ops.py").read_text()
     assert ops.count('_NAMESPACE = "minids_kernels"') == 1
     (variant / "_ops.py").write_text(ops.replace('"minids_kernels"', f'"{unique}"'))
     described = {key: general[key] for key in ("name", "version", "license")}
-    described |= {"id": unique, "python-depends": [], "backend": {"type": "cpu"}}
+    described |= {"id": unique, "python-depends": [], "backend": {"type": backend}}
     (variant / "metadata.json").write_text(json.dumps(described))
     return folder
 
@@ -130,10 +130,14 @@ def hub() -> ModuleType:
 
 
 def test_a_built_variant_loads_and_serves(hub: ModuleType, tmp_path: Path) -> None:
-    repository = built_variant(tmp_path)
-    loaded = hub.get_local_kernel(repository, backend="cpu")
+    """The hub takes variants for what torch was built for, whatever the device is."""
+    backend = "cuda" if torch.version.cuda else "cpu"
+    repository = built_variant(tmp_path, backend)
+    loaded = hub.get_local_kernel(repository, backend=backend)
     assert loaded.__file__.startswith(str(tmp_path)) and "rms_norm" in loaded.__all__
-    assert loaded.rms_norm.__globals__["_rms_norm"].registered._qualname.startswith("_minids_kernels_cpu_1a2b3c4::")
+    assert loaded.rms_norm.__globals__["_rms_norm"].registered._qualname.startswith(
+        f"_minids_kernels_{backend}_1a2b3c4::"
+    )
     assert loaded.layers.RMSNorm is not layers.RMSNorm
 
     mapping = {name: {"cpu": hub.LocalLayerRepository(repo_path=repository, layer_name=name)} for name in SERVED}
