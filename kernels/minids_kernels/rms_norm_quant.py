@@ -220,6 +220,5 @@ def rms_norm_quant(
         rows, weight, None if residual is None else residual.reshape(rows.shape), eps, ue8m0, transposed
     )  # fmt: skip
     codes, scales, *others = (t.view(E4M3) if t.dtype == torch.uint8 else t for t in results)
-    if residual is not None:
-        others[0] = others[0].view(x.shape)
-    return codes.view(x.shape), scales.view(*x.shape[:-1], scales.shape[1]), *others
+    sums = [] if residual is None else [others[0].view(x.shape)]
+    return codes.view(x.shape), scales.view(*x.shape[:-1], scales.shape[1]), *sums, *others[len(sums) :]

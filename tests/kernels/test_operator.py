@@ -64,7 +64,7 @@ def test_eager_and_registered_agree_bit_for_bit(leaves: list[Tensor]) -> None:
 
 def test_a_gradient_goes_around_the_dispatcher(leaves: list[Tensor]) -> None:
     node = rms_norm(*leaves).grad_fn
-    assert node is not None and node.name() == "_rms_normBackward"
+    assert type(node).__name__ == "_rms_normBackward"
 
 
 def test_without_a_gradient_nothing_is_kept(leaves: list[Tensor]) -> None:
