@@ -19,6 +19,7 @@ Test: tests/kernels/test_cross_entropy.py. Benchmark: benchmarks/ops/cross_entro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Literal
 
@@ -223,9 +224,8 @@ def _kept_tokens(targets: Tensor, ignore_index: int, *tensors: Tensor) -> list[T
 def _at_target(log_p: Tensor, lse: Tensor, vocab: int, label_smoothing: float, z_loss: float) -> Tensor:
     """The gradient by the target's logit. Where the target is likely, p - 1 is far smaller than p's rounding: it is
     not made from p."""
-    p = log_p.exp()
-    beyond = p - (1 - label_smoothing) if label_smoothing else log_p.expm1()
-    return beyond + 2 * z_loss * lse * p - label_smoothing / vocab
+    gradient = log_p.exp() - (1 - label_smoothing + label_smoothing / vocab) if label_smoothing else log_p.expm1()
+    return gradient + 2 * z_loss * lse * log_p.exp() if z_loss else gradient
 
 
 def _torch_fwd(
@@ -247,8 +247,10 @@ def _torch_fwd(
         logits = (kept[i] if keep == "logits" else warm)[: chunk.stop - chunk.start]
         torch.mm(x[chunk], weight.T, out=logits)
         for piece in _pieces(logits.shape[0], vocab, PIECE_ELEMENTS):
-            target, losses, lses = (x[chunk][piece] for x in (targets.unsqueeze(1), loss, lse))
-            _torch_softmax(logits[piece], target, losses, lses, label_smoothing, z_loss, bool(keep))
+            target, losses, lses, rows_of_x = (t[chunk][piece] for t in (targets.unsqueeze(1), loss, lse, x))
+            _torch_softmax(
+                logits[piece], target, losses, lses, label_smoothing, z_loss, bool(keep), rows_of_x, weight
+            )  # fmt: skip
         if keep == "sum":
             torch.mm(logits, weight, out=kept[0][chunk])
             _multiply(kept[1], logits.T, x[chunk], add=i > 0)
@@ -264,20 +266,29 @@ def _torch_fwd(
 
 
 def _torch_softmax(
-    logits: Tensor, targets: Tensor, loss: Tensor, lse: Tensor, label_smoothing: float, z_loss: float, keep: bool
-) -> None:
-    """logits [rows, V], targets [rows, 1]: writes loss and lse [rows, 1], and over the logits their gradient if `keep`,
-    nothing of use otherwise."""
+    logits: Tensor, targets: Tensor, loss: Tensor, lse: Tensor, label_smoothing: float, z_loss: float, keep: bool,
+    x: Tensor, weight: Tensor,
+) -> None:  # fmt: skip
+    """logits [rows, V] = x @ weight.T, targets [rows, 1]: writes loss and lse [rows, 1], and over the logits their
+    gradient if `keep`, nothing of use otherwise.
+
+    A target's probability says how far its logit lies below lse: no pass looks for the largest logit. Where it has
+    underflowed, those rows' logits are made again."""
     vocab = logits.shape[1]
     p = logits.to(lse.dtype)
-    largest = p.amax(1, keepdim=True)
-    at_target = p.gather(1, targets).sub_(largest)
-    mean = p.mean(1, keepdim=True).sub_(largest) if label_smoothing else 0.0
+    at_target = p.gather(1, targets)
+    mean = p.mean(1, keepdim=True) if label_smoothing else None
     torch.softmax(p, 1, out=p)
-    log_total = p.amax(1, keepdim=True).log_().neg_()  # the largest probability is 1 / total
-    log_p = at_target - log_total
-    torch.add(largest, log_total, out=lse)
-    loss.copy_((label_smoothing - 1) * log_p + label_smoothing * (log_total - mean) + z_loss * lse.square())
+    log_p = p.gather(1, targets).log_()
+    far = (log_p.squeeze(1) < math.log(torch.finfo(p.dtype).tiny)).nonzero().squeeze(1)
+    if far.numel():
+        log_p[far] = at_target[far] - (x[far] @ weight.T).to(p.dtype).logsumexp(1, keepdim=True)
+    torch.sub(at_target, log_p, out=lse)
+    torch.mul(log_p, label_smoothing - 1, out=loss)
+    if mean is not None:
+        loss.add_(lse - mean, alpha=label_smoothing)
+    if z_loss:
+        loss.add_(lse.square(), alpha=z_loss)
     if keep:
         if z_loss:
             p.mul_(1 + 2 * z_loss * lse)
