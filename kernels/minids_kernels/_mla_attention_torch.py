@@ -60,18 +60,39 @@ class _Side:
             return out
         return (laid_out[0] if len(parts) == 1 else torch.cat(laid_out, -1)).flatten(0, 1)
 
+    def open(self, parts: list[Tensor], fill: float = 0.0) -> list[Tensor]:
+        """What blocks of rows of `parts` [T, H, D] are written to: [rows, H, length, D] for each part, the part's own
+        memory if it can be. `close` follows."""
+        if self.gather is None:
+            return [self._laid_out(part) for part in parts]
+        return [part.new_full((self.rows, part.shape[1], self.length, part.shape[2]), fill) for part in parts]
+
+    def write(self, opened: list[Tensor], rows: slice, x: Tensor) -> None:
+        """x [rows * H, M, D], columns of all parts side by side."""
+        first = 0
+        for part in opened:
+            width = part.shape[-1]
+            values = x if width == x.shape[-1] else x[..., first : first + width]
+            part[:, :, rows] = values.unflatten(0, (self.rows, -1))
+            first += width
+
+    def close(self, parts: list[Tensor], opened: list[Tensor]) -> None:
+        if self.tokens is None or self.places is None:
+            return
+        for part, values in zip(parts, opened, strict=True):
+            real = values.transpose(1, 2).flatten(0, 1).index_select(0, self.places.to(part.device))
+            part.index_copy_(0, self.tokens.to(part.device), real)
+
     def put(self, parts: list[Tensor], x: Tensor) -> None:
         """Writes x [rows * H, length, D] to its tokens in what `take` had: a part of one head is the heads' sum."""
         x = x.unflatten(0, (self.rows, -1))
-        for part, values in zip(parts, x.split([part.shape[-1] for part in parts], -1), strict=True):
-            if part.shape[1] < x.shape[1]:
+        widths = [part.shape[-1] for part in parts]
+        for part, values in zip(parts, x.split(widths, -1), strict=True):
+            if part.shape[1] < values.shape[1]:
                 values = values.sum(1, keepdim=True)
-            values = values.transpose(1, 2)
-            if self.tokens is None or self.places is None:
-                part[self.first : self.first + self.rows * self.length].view(values.shape).copy_(values)
-            else:
-                real = values.flatten(0, 1).index_select(0, self.places.to(part.device))
-                part.index_copy_(0, self.tokens.to(part.device), real)
+            opened = self.open([part])
+            opened[0].copy_(values)
+            self.close([part], opened)
 
     def take_gradient(self, x: Tensor) -> Tensor:
         """As `take`, with zeros behind the documents' ends."""
@@ -168,17 +189,18 @@ def _widths(*rows: list[Tensor]) -> list[int]:
     return [sum(part.shape[-1] for part in x) for x in rows]
 
 
-def _product(a: Tensor, b: Tensor, alpha: float) -> Tensor:
-    """alpha a b of batches."""
-    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=alpha)
+def _product(nothing: Tensor, a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    """alpha a b of batches. `nothing`: a scalar that is not looked at."""
+    return torch.baddbmm(nothing, a, b, beta=0, alpha=alpha)
 
 
-def _scores(q: Tensor, k: Tensor, hidden: Tensor, scale: float) -> Tensor:
+def _scores(nothing: Tensor, q: Tensor, k: Tensor, hidden: Tensor, scale: float) -> Tensor:
     """Query block q [B, M, D] against the keys k [B, N, D] that it may see -> [B, M, N]; `hidden` [M, M] is added for
     the last ones, and is [0, 0] where nothing is causal."""
-    scores = _product(q, k.transpose(1, 2), scale)
+    scores = _product(nothing, q, k.mT, scale)
     if hidden.numel():
-        scores[:, :, -hidden.shape[0] :].add_(hidden)
+        rows = scores.shape[1]
+        scores[:, :, -rows:].add_(hidden if rows == QUERY_BLOCK else hidden[:rows, :rows])
     return scores
 
 
@@ -194,24 +216,24 @@ def forward(
     tokens, heads, _ = q[0].shape
     rectangles, whole = _work(q, v, cu_seqlens, cu_seqlens_k, causal)
     make = torch.empty if whole else torch.zeros
-    out, hidden = make(tokens, heads, v.shape[-1], dtype=v.dtype, device=v.device), _hidden(v, causal)
+    out = make(tokens, heads, v.shape[-1], dtype=v.dtype, device=v.device)
+    hidden, nothing = _hidden(v, causal), v.new_empty(())
     lse = v.new_full((tokens if with_lse else 0, heads, 1), math.inf, dtype=statistic(v))
     widths = _widths(q, k, [v])
     kept = v.new_empty(_kept_size(rectangles, heads, widths) if keep else 0)
     for rectangle, places in zip(rectangles, _places(kept, rectangles, heads, widths), strict=True):
         qr, kr, vr = _laid_out(rectangle, places, q, k, v)
-        result = make(*qr.shape[:2], v.shape[-1], dtype=v.dtype, device=v.device)
-        sums = lse.new_full((*qr.shape[:2], 1), math.inf) if with_lse else None
+        result = rectangle.q.open([out])
+        sums = rectangle.q.open([lse], math.inf) if with_lse else []
         for (rows, seen), place in zip(rectangle.blocks, places[3:], strict=True):
-            ahead = hidden[: rows.stop - rows.start, : rows.stop - rows.start]
-            scores = _scores(qr[:, rows], kr[:, seen], ahead, scale)
-            if sums is not None:
-                sums[:, rows, 0] = scores.to(lse.dtype).logsumexp(-1)
+            scores = _scores(nothing, qr[:, rows], kr[:, seen], hidden, scale)
+            if sums:
+                rectangle.q.write(sums, rows, scores.to(lse.dtype).logsumexp(-1, keepdim=True))
             p = torch.softmax(scores, -1, out=scores if place is None else place)
-            result[:, rows] = torch.bmm(p, vr[:, seen])
-        rectangle.q.put([out], result)
-        if sums is not None:
-            rectangle.q.put([lse], sums)
+            rectangle.q.write(result, rows, torch.bmm(p, vr[:, seen]))
+        rectangle.q.close([out], result)
+        if sums:
+            rectangle.q.close([lse], sums)
     return out, lse.squeeze(2).t().contiguous(), kept
 
 
@@ -229,32 +251,37 @@ def _laid_out(
 
 def backward(
     dout: Tensor, q: list[Tensor], k: list[Tensor], v: Tensor, out: Tensor, lse: Tensor, kept: Tensor,
-    cu_seqlens: Tensor, cu_seqlens_k: Tensor, causal: bool, scale: float,
+    cu_seqlens: Tensor, cu_seqlens_k: Tensor, causal: bool, scale: float, dq: list[Tensor],
 ) -> list[Tensor]:  # fmt: skip
-    heads, hidden = q[0].shape[1], _hidden(v, causal)
+    """dq [T, H, D], whole or in two parts, is written to; -> dk, dv. q and k are not looked at if something was kept."""
+    heads, hidden, nothing = q[0].shape[1], _hidden(v, causal), v.new_empty(())
     rectangles, whole = _work(q, v, cu_seqlens, cu_seqlens_k, causal)
     make = torch.empty if whole else torch.zeros
-    dq, dk, dv = ([make(part.shape, dtype=part.dtype, device=part.device) for part in x] for x in (q, k, [v]))
+    dk, dv = ([make(part.shape, dtype=part.dtype, device=part.device) for part in x] for x in (k, [v]))
+    if not whole:
+        for part in dq:
+            part.zero_()
     for rectangle, places in zip(rectangles, _places(kept, rectangles, heads, _widths(q, k, [v])), strict=True):
         qr, kr, vr = _laid_out(rectangle, places, q, k, v, made=True)
         dor = rectangle.q.take_gradient(dout)
-        dqr, dkr, dvr = make(qr.shape, dtype=v.dtype, device=v.device), None, None
+        dqr, dkr, dvr = rectangle.q.open(dq), None, None
         for (rows, seen), p in zip(reversed(rectangle.blocks), reversed(places[3:]), strict=True):
             if p is None:
-                ahead = hidden[: rows.stop - rows.start, : rows.stop - rows.start]
-                p = _scores(qr[:, rows], kr[:, seen], ahead, scale)
+                p = _scores(nothing, qr[:, rows], kr[:, seen], hidden, scale)
                 torch.softmax(p, -1, out=p)
-            dp = torch.bmm(dor[:, rows], vr[:, seen].transpose(1, 2))
+            dob = dor[:, rows]
+            dp = torch.bmm(dob, vr[:, seen].mT)
             ds = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
-            dqr[:, rows] = _product(ds, kr[:, seen], scale)
+            rectangle.q.write(dqr, rows, _product(nothing, ds, kr[:, seen], scale))
             # not baddbmm_: into some of the keys it multiplies one batch entry after the other
-            of_k, of_v = _product(ds.transpose(1, 2), qr[:, rows], scale), torch.bmm(p.transpose(1, 2), dor[:, rows])
+            of_k, of_v = _product(nothing, ds.mT, qr[:, rows], scale), torch.bmm(p.mT, dob)
             if dkr is None or dvr is None:  # the last block, which sees all keys
                 dkr, dvr = of_k, of_v
             else:
                 dkr[:, seen].add_(of_k)
                 dvr[:, seen].add_(of_v)
-        for side, parts, gradient in ((rectangle.q, dq, dqr), (rectangle.k, dk, dkr), (rectangle.k, dv, dvr)):
+        rectangle.q.close(dq, dqr)
+        for parts, gradient in ((dk, dkr), (dv, dvr)):
             if gradient is not None:
-                side.put(parts, gradient)
-    return [*dq, *dk, *dv]
+                rectangle.k.put(parts, gradient)
+    return [*dk, *dv]

@@ -31,6 +31,7 @@ from . import _launch, _mla_attention_torch
 from ._checks import check_float, check_shape, compute_dtype
 from ._launch import tl, triton
 from ._operator import operator
+from .rope import rope, rotate, rotate_back_
 
 __all__ = ["mla_attention", "mla_attention_reference"]
 
@@ -374,12 +375,12 @@ def _triton_fwd(
 
 def _triton_bwd(
     dout: Tensor, q: list[Tensor], k: list[Tensor], v: Tensor, out: Tensor, lse: Tensor, kept: Tensor,
-    cu_seqlens: Tensor, cu_seqlens_k: Tensor, causal: bool, scale: float,
+    cu_seqlens: Tensor, cu_seqlens_k: Tensor, causal: bool, scale: float, dq: list[Tensor],
 ) -> list[Tensor]:  # fmt: skip
+    """dq [T, H, D], whole or in two parts, is written to; -> dk, dv."""
     (tokens, heads, _), documents = q[0].shape, cu_seqlens.shape[0] - 1
     main, rest, k_main, k_rest = _apart(q, k)
     width = main.shape[2]
-    dq = [part.new_empty(part.shape) for part in q]
     delta = torch.empty_like(lse)
     dout, v = _columns(dout), _columns(v)
     shape = _shape(main, rest, v, causal)
@@ -414,44 +415,69 @@ def _triton_bwd(
         d.sum(1, keepdim=True).to(x.dtype) if x.shape[1] < d.shape[1] else d
         for d, x in zip((*dk, dv), (*k, v), strict=True)
     )
-    return [*dq, *summed]
+    return list(summed)
 
 
 # --- registration -----------------------------------------------------------------------------------------------------
-# q, k: whole rows, or with q_pe, k_pe their nope columns. (Lists of tensors would cost 60 us a call.)
+# q, k: whole rows, or with q_pe, k_pe their nope columns. (Lists of tensors would cost 60 us a call.) With cos and sin
+# the rows' last columns are not rotated yet, and gradients are those of what was given.
 
 
 @operator("mla_attention")
 def _mla_attention(
     q: Tensor, q_pe: Tensor | None, k: Tensor, k_pe: Tensor | None, v: Tensor, cu_seqlens: Tensor,
-    cu_seqlens_k: Tensor | None, causal: bool, scale: float, with_lse: bool, keep: bool,
+    cu_seqlens_k: Tensor | None, cos: Tensor | None, sin: Tensor | None, causal: bool, scale: float, with_lse: bool,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> out [T, H, Dv], lse [H, T] ([H, 0] on the PyTorch path unless `with_lse`), and if `keep` what the PyTorch
     path's backward uses again."""
     forward = _triton_fwd if _launch.use_triton(v) else _mla_attention_torch.forward
     bounds = cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
-    return forward(_given(q, q_pe), _given(k, k_pe), v, *bounds, causal, scale, with_lse, keep)
+    queries, keys = (_rotated(_parts(x, x_pe, cos), cos, sin) for x, x_pe in ((q, q_pe), (k, k_pe)))
+    return forward(queries, keys, v, *bounds, causal, scale, with_lse, keep)
 
 
 @operator("mla_attention_backward")
 def _mla_attention_backward(
     dout: Tensor, q: Tensor, q_pe: Tensor | None, k: Tensor, k_pe: Tensor | None, v: Tensor, out: Tensor, lse: Tensor,
-    kept: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, causal: bool, scale: float,
+    kept: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, cos: Tensor | None, sin: Tensor | None,
+    causal: bool, scale: float,
 ) -> list[Tensor]:  # fmt: skip
     """dout [T, H, Dv] and what the forward took and gave -> the gradients of those of q, q_pe, k, k_pe, v there are."""
     backward = _triton_bwd if _launch.use_triton(v) else _mla_attention_torch.backward
     bounds = cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
-    return backward(dout, _given(q, q_pe), _given(k, k_pe), v, out, lse, kept, *bounds, causal, scale)
+    queries, keys = _parts(q, q_pe, cos), _parts(k, k_pe, cos)
+    if not kept.numel():
+        queries, keys = _rotated(queries, cos, sin), _rotated(keys, cos, sin)
+    dq = [x.new_empty(x.shape) for x in _given(q, q_pe)]
+    *dk, dv = backward(dout, queries, keys, v, out, lse, kept, *bounds, causal, scale, dq)
+    if cos is not None and sin is not None:
+        rotate_back_(dq[-1][..., -2 * cos.shape[1] :], cos, sin)
+        rotate_back_(dk[-1], cos, sin)
+    return [*dq, *(dk if k_pe is not None or len(dk) == 1 else [torch.cat(dk, -1)]), dv]
 
 
 def _given(*tensors: Tensor | None) -> list[Tensor]:
     return [x for x in tensors if x is not None]
 
 
+def _parts(x: Tensor, x_pe: Tensor | None, cos: Tensor | None) -> list[Tensor]:
+    """What is given; whole rows as views of the columns that pass and of those to be rotated, where both exist."""
+    if x_pe is not None:
+        return [x, x_pe]
+    rotated = 0 if cos is None else 2 * cos.shape[1]
+    return [x[..., :-rotated], x[..., -rotated:]] if 0 < rotated < x.shape[2] else [x]
+
+
+def _rotated(parts: list[Tensor], cos: Tensor | None, sin: Tensor | None) -> list[Tensor]:
+    return parts if cos is None or sin is None else [*parts[:-1], rotate(parts[-1], cos, sin)]
+
+
 @_mla_attention.register_fake
 def _(
     q: Tensor, q_pe: Tensor | None, k: Tensor, k_pe: Tensor | None, v: Tensor, cu_seqlens: Tensor,
-    cu_seqlens_k: Tensor | None, causal: bool, scale: float, with_lse: bool, keep: bool,
+    cu_seqlens_k: Tensor | None, cos: Tensor | None, sin: Tensor | None, causal: bool, scale: float, with_lse: bool,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     (tokens, heads, _), on_gpu = q.shape, _launch.use_triton(v)
     lse = v.new_empty(heads, tokens if with_lse or on_gpu else 0, dtype=_mla_attention_torch.statistic(v))
@@ -462,25 +488,29 @@ def _(
 @_mla_attention_backward.register_fake
 def _(
     dout: Tensor, q: Tensor, q_pe: Tensor | None, k: Tensor, k_pe: Tensor | None, v: Tensor, out: Tensor, lse: Tensor,
-    kept: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, causal: bool, scale: float,
+    kept: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, cos: Tensor | None, sin: Tensor | None,
+    causal: bool, scale: float,
 ) -> list[Tensor]:  # fmt: skip
     return [x.new_empty(x.shape) for x in _given(q, q_pe, k, k_pe, v)]
 
 
 def _setup(ctx, inputs, output) -> None:
-    *rows, cu_seqlens, cu_seqlens_k, ctx.causal, ctx.scale, _, _ = inputs
+    *rows, cu_seqlens, cu_seqlens_k, cos, sin, ctx.causal, ctx.scale, _, _ = inputs
     out, lse, kept = output
     ctx.mark_non_differentiable(lse, kept)
     ctx.set_materialize_grads(False)  # else zeros of kept's size would come back for it
-    ctx.save_for_backward(*rows, out, lse, kept, cu_seqlens, cu_seqlens_k)
+    size = kept.numel()
+    if isinstance(size, int) and size:  # holds the rows as well: only the given ones' shapes are still asked for
+        rows = [None if x is None else x.new_empty(()).expand(x.shape) for x in rows]
+    ctx.save_for_backward(*rows, out, lse, kept, cu_seqlens, cu_seqlens_k, cos, sin)
 
 
 def _backward(ctx, dout, dlse, dkept):
     if dout is None:  # nothing came back
-        return (None,) * 11
+        return (None,) * 13
     rows, rest = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
     grads = iter(_mla_attention_backward(dout, *rows, *rest, ctx.causal, ctx.scale))
-    return *(None if x is None else next(grads) for x in rows), *[None] * 6
+    return *(None if x is None else next(grads) for x in rows), *[None] * 8
 
 
 _mla_attention.register_autograd(_backward, setup_context=_setup)
@@ -496,15 +526,18 @@ Rows = Tensor | tuple[Tensor, Tensor]  # whole, or their nope and rope columns a
 def mla_attention(
     q: Rows, k: Rows, v: Tensor, cu_seqlens: Tensor, causal: bool = True, scale: float | None = None,
     return_lse: Literal[False] = False, cu_seqlens_k: Tensor | None = None,
+    rotary_cos: Tensor | None = None, rotary_sin: Tensor | None = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def mla_attention(
     q: Rows, k: Rows, v: Tensor, cu_seqlens: Tensor, causal: bool = True, scale: float | None = None, *,
     return_lse: Literal[True], cu_seqlens_k: Tensor | None = None,
+    rotary_cos: Tensor | None = None, rotary_sin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def mla_attention(
     q: Rows, k: Rows, v: Tensor, cu_seqlens: Tensor, causal: bool = True, scale: float | None = None,
     return_lse: bool = False, cu_seqlens_k: Tensor | None = None,
+    rotary_cos: Tensor | None = None, rotary_sin: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """q [T, H, Dqk], k [T, Hk, Dqk], v [T, Hk, Dv] (Hk = H or 1, k's and v's alike or not), cu_seqlens int32
     [documents + 1] from 0 in rising order to T -> [T, H, Dv] in v's dtype (autocast's under autocast); with
@@ -512,6 +545,9 @@ def mla_attention(
 
     q, k or both may come apart as (nope [T, H, Dn], rope [T, H, Dr]), Dn + Dr = Dqk, each part of k with H heads or 1:
     MLA's rope key is never copied to the heads.
+
+    With `rotary_cos` and `rotary_sin` [T, Dr/2] the last Dr columns of q's and k's rows (the rope parts where these come
+    apart) are rotated first, as `rope` does: rotated rows are not kept for the backward.
 
     Row t attends to the rows of its own document, up to itself when `causal`. With `cu_seqlens_k`, int32
     [documents + 1] from 0 in rising order to Tk, k and v have Tk rows instead, and document i's queries meet keys
@@ -529,6 +565,7 @@ def mla_attention(
         raise ValueError(f"cu_seqlens: got nothing, allowed is 0, rising, to {tokens}")
     if cu_seqlens_k is not None:
         check_shape("cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens.shape))
+    _check_rotation(queries, keys, rotary_cos, rotary_sin, own_keys=cu_seqlens_k is not None)
     scale = width**-0.5 if scale is None else scale
     if not scale > 0:
         raise ValueError(f"scale: got {scale}, allowed is above 0")
@@ -539,14 +576,19 @@ def mla_attention(
             raise ValueError(f"q: got {width} columns, allowed are up to {MAX_WIDTH}")
         if v.shape[2] > MAX_V_WIDTH:
             raise ValueError(f"v: got {v.shape[2]} columns, allowed are up to {MAX_V_WIDTH}")
-        apart = max(queries, keys, key=len)
+        apart = max((_parts(*(*x, None)[:2], rotary_cos) for x in (queries, keys)), key=len)
         if len(apart) == 2 and sum(_padded(x.shape[2]) for x in apart) > MAX_WIDTH:  # wider than kernels hold
             queries, keys = ([torch.cat([x.expand(-1, heads, -1) for x in parts], -1)] for parts in (queries, keys))
+            if rotary_cos is not None and rotary_sin is not None:
+                queries, keys = ([rope(x[0], rotary_cos, rotary_sin)] for x in (queries, keys))
+                rotary_cos = rotary_sin = None
         cu_seqlens = cu_seqlens.to(v.device, torch.int32)
         cu_seqlens_k = None if cu_seqlens_k is None else cu_seqlens_k.to(v.device, torch.int32)
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (*queries, *keys, v))
     rows = (x for parts in (queries, keys) for x in (*parts, None)[:2])
-    out, lse, _ = _mla_attention(*rows, v, cu_seqlens, cu_seqlens_k, causal, scale, return_lse, keep)
+    out, lse, _ = _mla_attention(
+        *rows, v, cu_seqlens, cu_seqlens_k, rotary_cos, rotary_sin, causal, scale, return_lse, keep
+    )
     return (out, lse.t()) if return_lse else out
 
 
@@ -573,6 +615,26 @@ def _check_rows(q: list[Tensor], k: list[Tensor], v: Tensor, own_keys: bool) -> 
     if sum(part.shape[2] for part in k) != sum(widths):
         raise ValueError(f"k: got {' + '.join(str(part.shape[2]) for part in k)} columns, allowed are q's {widths[0]}")
     return tokens, heads, sum(widths)
+
+
+def _check_rotation(
+    q: list[Tensor], k: list[Tensor], cos: Tensor | None, sin: Tensor | None, own_keys: bool
+) -> None:  # fmt: skip
+    if cos is None and sin is None:
+        return
+    if cos is None or sin is None:
+        raise ValueError("rotary_cos, rotary_sin: got one of them, allowed are both or neither")
+    if own_keys:
+        raise ValueError("rotary_cos: got angles and cu_seqlens_k, allowed are angles where q and k are the same tokens")
+    check_shape("rotary_cos", cos, (q[0].shape[0], None))
+    check_shape("rotary_sin", sin, tuple(cos.shape))
+    angles = 2 * cos.shape[1]
+    for name, x in (("q", q), ("k", k)):
+        if not (x[1].shape[2] == angles if len(x) == 2 else 0 < angles <= x[0].shape[2]):
+            raise ValueError(
+                f"rotary_cos: got {cos.shape[1]} angles, allowed are half as many as {name} has columns to rotate, of "
+                f"{' + '.join(str(part.shape[2]) for part in x)}"
+            )
 
 
 def _named(name: str, x: list[Tensor]) -> list[tuple[str, Tensor]]:

@@ -23,7 +23,7 @@ def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((passed, torch.view_as_real(pairs * angles).flatten(-2).to(x.dtype)), dim=-1)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """A copy of x with its tail rotated: pairs are complex numbers, times e^(i angle), in fp32 or wider."""
     wide = torch.promote_types(x.dtype, torch.float32)
     passed, tail = x.split([x.shape[-1] - 2 * cos.shape[-1], 2 * cos.shape[-1]], dim=-1)
@@ -39,18 +39,27 @@ def _pairs(x: Tensor) -> Tensor:
     return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
 
 
+def rotate_back_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Undoes `rotate` where x [T, H, R] lies, all of whose columns were rotated."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    pairs = _pairs(x.to(wide))
+    pairs.mul_(torch.complex(cos.to(wide), -sin.to(wide)).unsqueeze(1))
+    if pairs.data_ptr() != x.data_ptr():
+        x.copy_(torch.view_as_real(pairs).flatten(-2))
+
+
 class _Rope(torch.autograd.Function):
     """The gradient of a rotation is the rotation back."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin)
+        return rotate(x, cos, sin)
 
     @staticmethod
     def backward(ctx, dout: Tensor):
         cos, sin = ctx.saved_tensors
-        return _rotate(dout, cos, -sin), None, None
+        return rotate(dout, cos, -sin), None, None
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def _attend(attention: Attention, x: Tensor, rows: Tensor, places: _Places) -> T
     """Normed x [B * S, D] -> [B * S, H, V]; writes the tokens' rows [B, capacity, C + R]."""
     norm, scale = attention.kv_a_layernorm, attention.config.softmax_scale
     queries, kv = attention.project(x).tensor_split([-rows.shape[2]], dim=-1)
-    nope, q_pe = attention.queries(queries)
+    nope, q_pe = attention.queries(queries).split([attention.config.qk_nope_head_dim, places.cos.shape[1] * 2], dim=-1)
     rotated = write_latent_cache(kv, norm.weight, places.cos, places.sin, rows, places.slots, norm.eps, q_pe)
     q, weight = (nope, rotated), attention.kv_b_proj.weight
     if places.absorbed:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from minids_kernels import mla_attention, rope
+from minids_kernels import mla_attention
 from torch import Tensor, nn
 
 from minids.config import ModelConfig
@@ -48,26 +48,22 @@ class Attention(nn.Module):
         weight = torch.cat((first.weight, self.kv_a_proj_with_mqa.weight))  # one product for both: they are narrow
         return F.linear(x, weight)
 
-    def queries(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """The first Q columns of `project` -> nope [T, H, N], and what is to be rotated [T, H, R]."""
-        config = self.config
-        heads, nope = config.num_attention_heads, config.qk_nope_head_dim
-        if config.q_lora_rank is None:
-            q_nope, q_pe = q.unflatten(-1, (heads, -1)).split([nope, config.qk_rope_head_dim], dim=-1)
-            return q_nope, q_pe
-        return _columns_apart(self.q_b_proj, self.q_a_layernorm(q), heads, nope)
+    def queries(self, q: Tensor) -> Tensor:
+        """The first Q columns of `project` -> [T, H, N + R], whose last R columns are to be rotated."""
+        if self.config.q_lora_rank is not None:
+            q = self.q_b_proj(self.q_a_layernorm(q))
+        return q.unflatten(-1, (self.config.num_attention_heads, -1))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor) -> Tensor:
         """x [T, D], cos and sin [T, R/2], cu_seqlens int32 [documents + 1] -> [T, D]."""
         config = self.config
         projected, cached = self.project(x), [config.kv_lora_rank, config.qk_rope_head_dim]
         q, latent, k_pe = projected.split([projected.shape[-1] - sum(cached), *cached], dim=-1)
-        q_nope, q_pe = self.queries(q)
         k_nope, v = _columns_apart(
             self.kv_b_proj, self.kv_a_layernorm(latent), config.num_attention_heads, config.qk_nope_head_dim
         )
-        k_pe = rope(k_pe.unsqueeze(1), cos, sin)
         out = mla_attention(
-            (q_nope, rope(q_pe, cos, sin)), (k_nope, k_pe), v, cu_seqlens, scale=config.softmax_scale
+            self.queries(q), (k_nope, k_pe.unsqueeze(1)), v, cu_seqlens, scale=config.softmax_scale,
+            rotary_cos=cos, rotary_sin=sin,
         )  # fmt: skip
         return self.o_proj(out.flatten(1))

@@ -60,6 +60,12 @@ def pieces_of(block: int, scores: int, kept: bool) -> Iterator[None]:
         yield
 
 
+def rotary_angles(tokens: int, pairs: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of angles that are no positions', times a factor as YaRN's are."""
+    angle = torch.rand(tokens, pairs) * 6
+    return 1.1 * angle.cos(), 1.1 * angle.sin()
+
+
 DOCUMENTS = {
     "none": [],
     "one of nothing": [0],
@@ -146,6 +152,57 @@ def test_parts_of_rows_apart(
         lambda *tensors: mla_attention(*rows(*tensors), cu_seqlens), wanted, tensors, mode, roundings=ROUNDINGS,
         length=33 + nope + rope, device=device,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["fp32", "fp16", "autocast"])
+@pytest.mark.parametrize(
+    ("nope", "rotary", "apart_q", "apart_k", "key_heads"),
+    [
+        (8, 4, False, True, 1), (8, 4, True, False, HEADS), (8, 4, True, True, HEADS), (0, 12, False, False, 1),
+        (5, 2, False, False, HEADS), (136, 24, False, True, 1),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "made again"])
+def test_rotates_on_the_way(
+    nope: int, rotary: int, apart_q: bool, apart_k: bool, key_heads: int, mode: str, kept: bool, device: torch.device
+) -> None:  # fmt: skip
+    """Against a rotation before an attention, both in fp64. 136 + 24 is wider than kernels hold in two parts; pairs of a
+    row that begin at odd places of memory are no complex numbers there."""
+    multiplies(mode, device)
+    tokens, width, cu_seqlens = 50, nope + rotary, cumulative([17, 0, 33])
+    cos, sin = rotary_angles(tokens, rotary // 2)
+
+    def exactly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = (turned(x, cos.to(x), sin.to(x)) for x in (q, k))
+        return exact(q, k, v, cu_seqlens, True)
+
+    def rotating(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows = (x.split([nope, rotary], -1) if apart else x for x, apart in ((q, apart_q), (k, apart_k)))
+        return mla_attention(*rows, v, cu_seqlens, rotary_cos=cos.to(q.device), rotary_sin=sin.to(q.device))
+
+    shapes = (HEADS, width), (key_heads, width), (HEADS, V_WIDTH)
+    with pieces_of(64, 1 << 20, kept):
+        check(
+            rotating, exactly, [torch.randn(tokens, *shape) for shape in shapes], mode, roundings=ROUNDINGS + 4,
+            length=33 + width, device=device,
+        )  # fmt: skip
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The last columns' rotation as a matrix product for each token and pair."""
+    passed, tail = x.split([x.shape[-1] - 2 * cos.shape[1], 2 * cos.shape[1]], -1)
+    turn = torch.stack((torch.stack((cos, -sin), -1), torch.stack((sin, cos), -1)), -2)
+    return torch.cat((passed, torch.einsum("tpij,thpj->thpi", turn, tail.unflatten(-1, (-1, 2))).flatten(-2)), -1)
+
+
+def test_rows_are_not_held_twice() -> None:
+    """What the forward keeps holds them: those given can be freed."""
+    q, k, v = (x.requires_grad_() for x in inputs(40))
+    out = mla_attention(q * 1, k * 1, v * 1, cumulative([40]))
+    saved = out.grad_fn.saved_tensors  # type: ignore[union-attr]
+    held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in saved if x is not None}
+    probabilities, once = HEADS * 40 * 40, 40 * HEADS * (2 * WIDTH + V_WIDTH)
+    assert sum(held.values()) <= 4 * (probabilities + once + 40 * HEADS * V_WIDTH) + 64  # and out
 
 
 @pytest.mark.parametrize("apart", [True, False])
@@ -321,17 +378,19 @@ def test_tokens_beyond_two_to_the_31(device: torch.device) -> None:
     assert torch.equal(mla_attention(q, far, v, cumulative(lengths)), one)
 
 
+@pytest.mark.parametrize("rotary", [True, False])
 @pytest.mark.parametrize("apart", [True, False])
-def test_registration(apart: bool, device: torch.device) -> None:
+def test_registration(apart: bool, rotary: bool, device: torch.device) -> None:
     cu_seqlens = cumulative([5, 0, 1, 8]).to(device)
     q, k, v = (x.to(device) for x in inputs(14, 1))
+    cos_sin = [x.to(device) for x in rotary_angles(14, 2)] if rotary else [None, None]
     rows = [q[..., :8], q[..., 8:], k[..., :8], k[..., 8:], v] if apart else [q, None, k, None, v]
     for kept, keys in ((False, None), (True, cumulative([4, 1, 1, 8]).to(device))):
         leaves = [None if x is None else x.detach().requires_grad_() for x in rows]
-        opcheck(ops.mla_attention.default, (*leaves, cu_seqlens, keys, True, 0.3, kept, kept))
-    out, lse, probabilities = ops.mla_attention(*rows, cu_seqlens, None, True, 0.3, True, True)
+        opcheck(ops.mla_attention.default, (*leaves, cu_seqlens, keys, *cos_sin, True, 0.3, kept, kept))
+    out, lse, probabilities = ops.mla_attention(*rows, cu_seqlens, None, *cos_sin, True, 0.3, True, True)
     dout = torch.randn(14, HEADS, V_WIDTH, device=device)
-    opcheck(ops.mla_attention_backward.default, (dout, *rows, out, lse, probabilities, cu_seqlens, None, True, 0.3))
+    opcheck(ops.mla_attention_backward.default, (dout, *rows, out, lse, probabilities, cu_seqlens, None, *cos_sin, True, 0.3))
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -416,6 +475,10 @@ def test_one_token_sees_itself(device: torch.device) -> None:
     assert torch.equal(mla_attention(q, k, v, cumulative([1] * 5)), v)
 
 
+def angles(x: Tensor) -> dict[str, Any]:
+    return {"rotary_cos": x, "rotary_sin": x}
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -450,6 +513,25 @@ def test_one_token_sees_itself(device: torch.device) -> None:
             {name: (torch.zeros(4, 2, a), torch.zeros(4, 2, 6 - a)) for name, a in (("q", 4), ("k", 2))},
             ValueError,
             r"k\[0\]: got shape \(4, 2, 2\), allowed is \(4, any, 4\)",
+        ),
+        ({"rotary_cos": torch.zeros(4, 1)}, ValueError, "got one of them, allowed are both or neither"),
+        (angles(torch.zeros(3, 1)), ValueError, r"rotary_cos: got shape \(3, 1\), allowed is \(4, any\)"),
+        (
+            {**angles(torch.zeros(4, 2)), "rotary_sin": torch.zeros(4, 1)},
+            ValueError,
+            r"rotary_sin: got shape \(4, 1\), allowed is \(4, 2\)",
+        ),
+        (angles(torch.zeros(4, 4)), ValueError, "rotary_cos: got 4 angles, allowed .* of 6"),
+        (angles(torch.zeros(4, 0)), ValueError, "rotary_cos: got 0 angles"),
+        (
+            {**angles(torch.zeros(4, 2)), "q": (torch.zeros(4, 2, 4), torch.zeros(4, 2, 2))},
+            ValueError,
+            r"rotary_cos: got 2 angles, allowed are half as many as q has columns to rotate, of 4 \+ 2",
+        ),
+        (
+            {**angles(torch.zeros(4, 2)), "cu_seqlens_k": torch.tensor([0, 4])},
+            ValueError,
+            "rotary_cos: got angles and cu_seqlens_k, allowed are angles where q and k are the same tokens",
         ),
     ],
 )
