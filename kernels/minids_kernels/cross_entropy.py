@@ -209,8 +209,15 @@ def _chunked_bwd(
 
 
 def _pieces(rows: int, columns: int, elements: int) -> list[slice]:
-    step = max(1, elements // columns)
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    """As few as have at most `elements` each (a row at least), about equally long."""
+    step = -(-rows // max(1, -(-rows // max(1, elements // columns))))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step or 1)]
+
+
+def _chunks_that_count(rows: int, tokens: int, vocab: int) -> list[slice]:
+    """The first `rows` of what `tokens` rows are divided into."""
+    chunks = _pieces(tokens, vocab, CHUNK_ELEMENTS)
+    return [slice(chunk.start, min(chunk.stop, rows)) for chunk in chunks if chunk.start < rows]
 
 
 def _kept_tokens(targets: Tensor, ignore_index: int, *tensors: Tensor) -> list[Tensor]:
@@ -237,7 +244,7 @@ def _torch_fwd(
     x, weight = x.to(dtype), weight.to(dtype)
     rows = x.shape[0]
     loss, lse = (x.new_empty(rows, 1, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(2))
-    chunks, kept = _pieces(rows, vocab, CHUNK_ELEMENTS), []
+    chunks, kept = _chunks_that_count(rows, tokens, vocab), []
     if keep == "logits":
         kept = [x.new_empty(p.stop - p.start, vocab) for p in _pieces(tokens, vocab, CHUNK_ELEMENTS)]
     elif keep == "sum":
@@ -333,7 +340,7 @@ def _torch_bwd(
         scale = dloss.to(dtype).unsqueeze(1)
         scaled, w = x.to(dtype) * scale, weight.to(dtype)
         dx, dweight = x.new_empty(x.shape, dtype=dtype), torch.empty_like(w)
-        chunks = _pieces(x.shape[0], weight.shape[0], CHUNK_ELEMENTS) or [slice(0, 0)]
+        chunks = _chunks_that_count(x.shape[0], tokens, weight.shape[0]) or [slice(0, 0)]
         for i, (chunk, grad) in enumerate(zip(chunks, kept, strict=False)):
             grad = grad[: chunk.stop - chunk.start]
             torch.mm(grad, w, out=dx[chunk])
