@@ -253,7 +253,7 @@ def backward(
     dout: Tensor, q: list[Tensor], k: list[Tensor], v: Tensor, out: Tensor, lse: Tensor, kept: Tensor,
     cu_seqlens: Tensor, cu_seqlens_k: Tensor, causal: bool, scale: float, dq: list[Tensor],
 ) -> list[Tensor]:  # fmt: skip
-    """dq [T, H, D], whole or in two parts, is written to; -> dk, dv. q and k are not looked at if something was kept."""
+    """dq [T, H, D], whole or in two parts, is written to; -> dk, dv. With something kept q and k only have shapes."""
     heads, hidden, nothing = q[0].shape[1], _hidden(v, causal), v.new_empty(())
     rectangles, whole = _work(q, v, cu_seqlens, cu_seqlens_k, causal)
     make = torch.empty if whole else torch.zeros

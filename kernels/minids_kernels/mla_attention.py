@@ -433,7 +433,7 @@ def _mla_attention(
     path's backward uses again."""
     forward = _triton_fwd if _launch.use_triton(v) else _mla_attention_torch.forward
     bounds = cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
-    queries, keys = (_rotated(_parts(x, x_pe, cos), cos, sin) for x, x_pe in ((q, q_pe), (k, k_pe)))
+    queries, keys = (_rotated(_parts(rows, cos), cos, sin) for rows in (_given(q, q_pe), _given(k, k_pe)))
     return forward(queries, keys, v, *bounds, causal, scale, with_lse, keep)
 
 
@@ -446,7 +446,7 @@ def _mla_attention_backward(
     """dout [T, H, Dv] and what the forward took and gave -> the gradients of those of q, q_pe, k, k_pe, v there are."""
     backward = _triton_bwd if _launch.use_triton(v) else _mla_attention_torch.backward
     bounds = cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
-    queries, keys = _parts(q, q_pe, cos), _parts(k, k_pe, cos)
+    queries, keys = _parts(_given(q, q_pe), cos), _parts(_given(k, k_pe), cos)
     if not kept.numel():
         queries, keys = _rotated(queries, cos, sin), _rotated(keys, cos, sin)
     dq = [x.new_empty(x.shape) for x in _given(q, q_pe)]
@@ -461,12 +461,12 @@ def _given(*tensors: Tensor | None) -> list[Tensor]:
     return [x for x in tensors if x is not None]
 
 
-def _parts(x: Tensor, x_pe: Tensor | None, cos: Tensor | None) -> list[Tensor]:
-    """What is given; whole rows as views of the columns that pass and of those to be rotated, where both exist."""
-    if x_pe is not None:
-        return [x, x_pe]
+def _parts(rows: list[Tensor], cos: Tensor | None) -> list[Tensor]:
+    """Whole rows as views of the columns that pass and of those to be rotated, where both exist."""
     rotated = 0 if cos is None else 2 * cos.shape[1]
-    return [x[..., :-rotated], x[..., -rotated:]] if 0 < rotated < x.shape[2] else [x]
+    if len(rows) == 2 or not 0 < rotated < rows[0].shape[2]:
+        return rows
+    return [rows[0][..., :-rotated], rows[0][..., -rotated:]]
 
 
 def _rotated(parts: list[Tensor], cos: Tensor | None, sin: Tensor | None) -> list[Tensor]:
@@ -546,8 +546,9 @@ def mla_attention(
     q, k or both may come apart as (nope [T, H, Dn], rope [T, H, Dr]), Dn + Dr = Dqk, each part of k with H heads or 1:
     MLA's rope key is never copied to the heads.
 
-    With `rotary_cos` and `rotary_sin` [T, Dr/2] the last Dr columns of q's and k's rows (the rope parts where these come
-    apart) are rotated first, as `rope` does: rotated rows are not kept for the backward.
+    With `rotary_cos` and `rotary_sin` [T, Dr/2] the last Dr columns of q's and k's rows (the rope parts where these
+    come apart) are rotated first, as `rope` does; q can then be a linear layer's output as it is, and its gradient one
+    tensor.
 
     Row t attends to the rows of its own document, up to itself when `causal`. With `cu_seqlens_k`, int32
     [documents + 1] from 0 in rising order to Tk, k and v have Tk rows instead, and document i's queries meet keys
@@ -576,7 +577,7 @@ def mla_attention(
             raise ValueError(f"q: got {width} columns, allowed are up to {MAX_WIDTH}")
         if v.shape[2] > MAX_V_WIDTH:
             raise ValueError(f"v: got {v.shape[2]} columns, allowed are up to {MAX_V_WIDTH}")
-        apart = max((_parts(*(*x, None)[:2], rotary_cos) for x in (queries, keys)), key=len)
+        apart = max((_parts(x, rotary_cos) for x in (queries, keys)), key=len)
         if len(apart) == 2 and sum(_padded(x.shape[2]) for x in apart) > MAX_WIDTH:  # wider than kernels hold
             queries, keys = ([torch.cat([x.expand(-1, heads, -1) for x in parts], -1)] for parts in (queries, keys))
             if rotary_cos is not None and rotary_sin is not None:
@@ -625,7 +626,7 @@ def _check_rotation(
     if cos is None or sin is None:
         raise ValueError("rotary_cos, rotary_sin: got one of them, allowed are both or neither")
     if own_keys:
-        raise ValueError("rotary_cos: got angles and cu_seqlens_k, allowed are angles where q and k are the same tokens")
+        raise ValueError("rotary_cos: got angles and cu_seqlens_k, allowed are angles where q's tokens are k's")
     check_shape("rotary_cos", cos, (q[0].shape[0], None))
     check_shape("rotary_sin", sin, tuple(cos.shape))
     angles = 2 * cos.shape[1]

@@ -18,7 +18,7 @@ from benchmarks.ops import moe
     ("module", "options", "ratio"),
     [
         (moe, ["--rounds", "1"], lambda report: report["times_as_fast_as_transformers"]),
-        (train, ["--rounds", "1", "--warmup", "0"], lambda report: report["ratio"]),
+        (train, ["--rounds", "1", "--warmup", "1"], lambda report: report["ratio"]),
         (
             decode,
             ["--contexts", "16", "--tokens", "4", "--repeats", "1"],

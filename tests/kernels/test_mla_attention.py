@@ -166,8 +166,8 @@ def test_parts_of_rows_apart(
 def test_rotates_on_the_way(
     nope: int, rotary: int, apart_q: bool, apart_k: bool, key_heads: int, mode: str, kept: bool, device: torch.device
 ) -> None:  # fmt: skip
-    """Against a rotation before an attention, both in fp64. 136 + 24 is wider than kernels hold in two parts; pairs of a
-    row that begin at odd places of memory are no complex numbers there."""
+    """Against a rotation before an attention, both in fp64. 136 + 24 is wider than kernels hold in two parts; pairs
+    that begin at odd places of memory are no complex numbers there."""
     multiplies(mode, device)
     tokens, width, cu_seqlens = 50, nope + rotary, cumulative([17, 0, 33])
     cos, sin = rotary_angles(tokens, rotary // 2)
@@ -390,7 +390,10 @@ def test_registration(apart: bool, rotary: bool, device: torch.device) -> None:
         opcheck(ops.mla_attention.default, (*leaves, cu_seqlens, keys, *cos_sin, True, 0.3, kept, kept))
     out, lse, probabilities = ops.mla_attention(*rows, cu_seqlens, None, *cos_sin, True, 0.3, True, True)
     dout = torch.randn(14, HEADS, V_WIDTH, device=device)
-    opcheck(ops.mla_attention_backward.default, (dout, *rows, out, lse, probabilities, cu_seqlens, None, *cos_sin, True, 0.3))
+    opcheck(
+        ops.mla_attention_backward.default,
+        (dout, *rows, out, lse, probabilities, cu_seqlens, None, *cos_sin, True, 0.3),
+    )
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -531,7 +534,7 @@ def angles(x: Tensor) -> dict[str, Any]:
         (
             {**angles(torch.zeros(4, 2)), "cu_seqlens_k": torch.tensor([0, 4])},
             ValueError,
-            "rotary_cos: got angles and cu_seqlens_k, allowed are angles where q and k are the same tokens",
+            "rotary_cos: got angles and cu_seqlens_k, allowed are angles where q's tokens are k's",
         ),
     ],
 )
