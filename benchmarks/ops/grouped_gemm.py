@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from minids_kernels import _launch, grouped_gemm, grouped_gemm_reference
-from minids_kernels.grouped_gemm import grouped_mm
+from minids_kernels.grouped_gemm import grouped_mm, grouped_outer
 from torch import Tensor
 
 from benchmarks.protocol import (
@@ -121,7 +121,7 @@ def tuning() -> dict[str, Tuning]:
 
 
 def launches(arch: str, every: bool) -> list[tuple[str, Callable[[], Any]]]:
-    """(label, call) pairs for benchmarks.aot: forward, of tokens' rows as well, and both gradients of DeepSeek-V3's
+    """(label, call) pairs for benchmarks.aot: forward and both gradients, of tokens' rows as well, of DeepSeek-V3's
     gate_up product with many rows and with decoding's few; with `every` at each entry of the tables, also those for
     widths that are no multiples of 16."""
     rows = {512}
@@ -134,7 +134,10 @@ def launches(arch: str, every: bool) -> list[tuple[str, Callable[[], Any]]]:
         offsets = torch.zeros(EXPERTS + 1, dtype=torch.int32)
         y = grouped_gemm(x, w, offsets)
         y.backward(torch.empty_like(y))
-        grouped_mm(x.detach(), w.detach(), offsets, torch.zeros(tokens, dtype=torch.int64))
+        x, w, y, token = x.detach(), w.detach(), y.detach(), torch.zeros(tokens, dtype=torch.int64)
+        grouped_mm(x, w, offsets, token)
+        grouped_outer(y, x, offsets, a_token=token)
+        grouped_outer(y, x, offsets, b_token=token)
 
     cases = [(count * EXPERTS, WIDTH) for count in sorted(rows, reverse=True)] + [(8, WIDTH)]
     if every:

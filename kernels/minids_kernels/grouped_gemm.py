@@ -144,11 +144,19 @@ def _grouped_gemm_small_kernel(
 
 
 @triton.jit
+def _sources(token_ptr, rows, end, GATHERED: tl.constexpr):
+    """The rows to read: `rows` themselves, or where GATHERED those of their tokens."""
+    return tl.load(token_ptr + rows, mask=rows < end, other=0) if GATHERED else rows.to(tl.int64)
+
+
+@triton.jit
 def _grouped_outer_kernel(
-    a_ptr, b_ptr, offsets_ptr, out_ptr, M, N, a_row, a_col, b_row, b_col,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, GROUP: tl.constexpr,
+    a_ptr, a_token_ptr, b_ptr, b_token_ptr, offsets_ptr, out_ptr, M, N, a_row, a_col, b_row, b_col,
+    A_GATHERED: tl.constexpr, B_GATHERED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One tile of out [E, M, N] contiguous a program: a.T @ b over one expert's rows."""
+    """One tile of out [E, M, N] contiguous a program: a.T @ b over one expert's rows, which are tokens' where
+    GATHERED."""
     down = tl.cdiv(M, BLOCK_M)
     across = tl.cdiv(N, BLOCK_N)
     expert = tl.program_id(0) // (down * across)
@@ -157,16 +165,18 @@ def _grouped_outer_kernel(
     end = tl.load(offsets_ptr + expert + 1)
     ms = (tile * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
     ns = (column * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
-    step = tl.arange(0, BLOCK_T)
-    a_ptrs = a_ptr + (start + step).to(tl.int64)[None, :] * a_row + ms * a_col
-    b_ptrs = b_ptr + (start + step).to(tl.int64)[:, None] * b_row + ns * b_col
+    rows = start + tl.arange(0, BLOCK_T)
+    a_rows = _sources(a_token_ptr, rows, end, A_GATHERED)
+    b_rows = _sources(b_token_ptr, rows, end, B_GATHERED)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for t in tl.range(start, end, BLOCK_T):
-        a = tl.load(a_ptrs, mask=(step[None, :] < end - t) & (ms < M), other=0.0)
-        b = tl.load(b_ptrs, mask=(step[:, None] < end - t) & (ns < N), other=0.0)
+        rows = t + tl.arange(0, BLOCK_T)
+        a = tl.load(a_ptr + a_rows[None, :] * a_row + ms * a_col, mask=(rows[None, :] < end) & (ms < M), other=0.0)
+        b = tl.load(b_ptr + b_rows[:, None] * b_row + ns * b_col, mask=(rows[:, None] < end) & (ns < N), other=0.0)
         acc = tl.dot(a, b, acc, input_precision="ieee")
-        a_ptrs += BLOCK_T * a_row
-        b_ptrs += BLOCK_T * b_row
+        # a step ahead: loads of addresses that are loaded in the same step would halve the pipeline's depth
+        a_rows = _sources(a_token_ptr, rows + BLOCK_T, end, A_GATHERED)
+        b_rows = _sources(b_token_ptr, rows + BLOCK_T, end, B_GATHERED)
     out = out_ptr + expert.to(tl.int64) * M * N + ms.to(tl.int64) * N + ns
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(ms < M) & (ns < N))
 
@@ -198,13 +208,16 @@ def _triton_mm(x: Tensor, token: Tensor | None, w: Tensor, offsets: Tensor, out:
     )  # fmt: skip
 
 
-def _triton_outer(a: Tensor, b: Tensor, offsets: Tensor, out: Tensor) -> None:
+def _triton_outer(
+    a: Tensor, b: Tensor, offsets: Tensor, out: Tensor, a_token: Tensor | None, b_token: Tensor | None
+) -> None:  # fmt: skip
     experts, down, across = out.shape
     config = _config("outer", a, b)
     tiles = triton.cdiv(down, config["BLOCK_M"]) * triton.cdiv(across, config["BLOCK_N"])
     _launch.launch(
         _grouped_outer_kernel, (experts * tiles,),
-        a, b, offsets, out, down, across, *a.stride(), *b.stride(), **config,
+        a, offsets if a_token is None else a_token, b, offsets if b_token is None else b_token, offsets, out, down,
+        across, *a.stride(), *b.stride(), A_GATHERED=a_token is not None, B_GATHERED=b_token is not None, **config,
     )  # fmt: skip
 
 
@@ -238,10 +251,17 @@ def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor, token: Tensor | None = Non
     return out
 
 
-def grouped_outer(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
-    """a [T, M], b [T, N] -> [E, M, N]: a.T @ b of each segment, zero for an empty one."""
+def grouped_outer(
+    a: Tensor, b: Tensor, offsets: Tensor, a_token: Tensor | None = None, b_token: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """a [T, M], b [T, N] -> [E, M, N]: a.T @ b of each segment, zero for an empty one. With `a_token`, `b_token` int64
+    [T] row t of that operand is that token's, which is not copied before."""
     out = a.new_empty(offsets.shape[0] - 1, a.shape[1], b.shape[1])
-    (_triton_outer if _launch.use_triton(a) else _torch_outer)(a, b, offsets, out)
+    if _launch.use_triton(a):
+        _triton_outer(a, b, offsets, out, a_token, b_token)
+    else:
+        rows = (x if token is None else x.index_select(0, token) for x, token in ((a, a_token), (b, b_token)))
+        _torch_outer(*rows, offsets, out)
     return out
 
 
@@ -253,7 +273,9 @@ def _grouped_gemm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     return grouped_mm(x, w, offsets)
 
 
-_grouped_outer = operator("grouped_outer")(grouped_outer)
+@operator("grouped_outer")
+def _grouped_outer(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    return grouped_outer(a, b, offsets)
 
 
 @_grouped_gemm.register_fake

@@ -295,12 +295,12 @@ def _triton_bwd(
     dout: Tensor, x: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, gate_up: Tensor, plan: MoePlan
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> dx [T, D], dweight [T * k], dw_gate_up, dw_down."""
-    dy = dout.index_select(0, plan.token)
     scaled, dgate_up, dweight = _triton_activate_backward(
-        grouped_mm(dy, w_down.transpose(1, 2), plan.offsets), gate_up, _spread(topk_weight, plan.place, x.dtype)
-    )
-    dw_down = grouped_outer(dy, scaled, plan.offsets)
-    dw_gate_up = grouped_outer(dgate_up, x.index_select(0, plan.token), plan.offsets)
+        grouped_mm(dout, w_down.transpose(1, 2), plan.offsets, plan.token), gate_up,
+        _spread(topk_weight, plan.place, x.dtype),
+    )  # fmt: skip
+    dw_down = grouped_outer(dout, scaled, plan.offsets, a_token=plan.token)
+    dw_gate_up = grouped_outer(dgate_up, x, plan.offsets, b_token=plan.token)
     drows = grouped_mm(dgate_up, w_gate_up.transpose(1, 2), plan.offsets)
     return _triton_combine(drows, plan.place, topk_weight.shape[1], None), dweight, dw_gate_up, dw_down
 

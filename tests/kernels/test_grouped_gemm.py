@@ -127,6 +127,15 @@ def test_rows_of_tokens(size: tuple[list[int], int, int, int], device: torch.dev
         got = room.grouped_mm(x.T.contiguous().T, w, offsets, token)
     assert torch.equal(got, room.grouped_mm(x[token], w, offsets))
 
+    dy, other = torch.randn(len(rows), w.shape[1], device=device), torch.randint(50, (len(rows),), device=device)
+    of_tokens = torch.full((100, w.shape[1]), torch.nan, device=device)
+    of_tokens[:50] = torch.randn(50, w.shape[1], device=device)
+    for a, a_token, b, b_token in ((dy, None, x, token), (of_tokens, other, rows, None), (of_tokens, other, x, token)):
+        with poisoned_memory():
+            got = room.grouped_outer(a, b, offsets, a_token, b_token)
+        gathered = (t if index is None else t[index] for t, index in ((a, a_token), (b, b_token)))
+        assert torch.equal(got, room.grouped_outer(*gathered, offsets))
+
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_the_same_bits_twice_and_all_written(size: tuple[list[int], int, int, int], device: torch.device) -> None:
