@@ -260,8 +260,8 @@ def grouped_outer(
     if _launch.use_triton(a):
         _triton_outer(a, b, offsets, out, a_token, b_token)
     else:
-        rows = (x if token is None else x.index_select(0, token) for x, token in ((a, a_token), (b, b_token)))
-        _torch_outer(*rows, offsets, out)
+        a, b = (x if token is None else x.index_select(0, token) for x, token in ((a, a_token), (b, b_token)))
+        _torch_outer(a, b, offsets, out)
     return out
 
 

@@ -40,7 +40,7 @@ def _pairs(x: Tensor) -> Tensor:
 
 
 def rotate_back_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Undoes `rotate` where x [T, H, R] lies, all of whose columns were rotated."""
+    """A gradient's way back through `rotate`, where x [T, H, R] lies, all of whose columns were rotated."""
     wide = torch.promote_types(x.dtype, torch.float32)
     pairs = _pairs(x.to(wide))
     pairs.mul_(torch.complex(cos.to(wide), -sin.to(wide)).unsqueeze(1))
