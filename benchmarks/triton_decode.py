@@ -26,7 +26,7 @@ SGLANG_SPLITS = 8  # --triton-attention-num-kv-splits
 SGLANG_SEQUENCES = 256  # its schedule is worked out for at least as many
 
 
-def _load(package: str, path: str, others: Mapping[str, Mapping[str, Any]]) -> ModuleType:
+def load(package: str, path: str, others: Mapping[str, Mapping[str, Any]]) -> ModuleType:
     """The module at `path` in an installed package that is not imported. `others`: names of modules that it imports,
     and what these hold."""
     spec = importlib.util.find_spec(package)
@@ -57,21 +57,21 @@ def vllm() -> ModuleType:
         "vllm.platforms": {"current_platform": SimpleNamespace(is_rocm=lambda: False)},
         "vllm.triton_utils": {"triton": triton, "tl": triton.language},
     }
-    return _load("vllm", "v1/attention/ops/triton_decode_attention.py", others)
+    return load("vllm", "v1/attention/ops/triton_decode_attention.py", others)
 
 
 @functools.cache
 def sglang() -> tuple[ModuleType, ModuleType]:
     """Attention, and the kernel that says into how many splits each sequence goes."""
-    score_mod = _load("sglang", "kernels/ops/attention/score_mod.py", {})
+    score_mod = load("sglang", "kernels/ops/attention/score_mod.py", {})
     names = ("is_hip", "is_gfx95_supported", "is_gfx1250_supported", "get_device_core_count")
     others = {
         "sglang.kernels.ops.attention.score_mod": vars(score_mod),
         "sglang.srt.environ": {"envs": None},
         "sglang.srt.utils": {name: lambda *_: False for name in names},
     }
-    attention = _load("sglang", "kernels/ops/attention/decode_attention.py", others)
-    return attention, _load("sglang", "kernels/ops/attention/metadata.py", {})
+    attention = load("sglang", "kernels/ops/attention/decode_attention.py", others)
+    return attention, load("sglang", "kernels/ops/attention/metadata.py", {})
 
 
 def vllm_decode(inputs: Inputs, v_dim: int, scale: float) -> Run:
