@@ -163,18 +163,14 @@ def _triton_combine(y: Tensor, place: Tensor, top_k: int, weight: Tensor | None)
 # --- PyTorch path -----------------------------------------------------------------------------------------------------
 
 
-def _torch_activate(gate_up: Tensor, weight: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up).mul_(weight)
-
-
-def _torch_activate_backward(dout: Tensor, gate_up: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    gate, up = gate_up.chunk(2, dim=-1)
+def _torch_activate_backward(
+    dout: Tensor, gate: Tensor, up: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     silu = F.silu(gate)
     out = silu * up
     dweight = torch.linalg.vecdot(dout, out)
     dout.mul_(weight)
-    dgate_up = torch.empty_like(gate_up)
+    dgate_up = dout.new_empty(dout.shape[0], 2 * dout.shape[1])
     dgate, dup = dgate_up.chunk(2, dim=-1)
     torch.mul(silu, dout, out=dup)
     torch.ops.aten.silu_backward.grad_input(dout.mul_(up), gate, grad_input=dgate)
@@ -219,14 +215,14 @@ def _torch_fwd(
     spare, pairs = _spare(x), topk_weight.numel()
     gate_up, y = (x.new_empty(pairs + spare, width) for width in (w_gate_up.shape[1], x.shape[1]))
     gate_up[pairs:].zero_()
-    weight = F.pad(_spread(topk_weight, plan.place, x.dtype), (0, 0, 0, spare))
+    gate, up = gate_up.chunk(2, dim=-1)
     segments = _segments(plan.offsets, spare)
     rows = x.new_empty(max((stop - start for _, start, _, stop in segments), default=0), x.shape[1])
     for expert, start, end, stop in segments:
         mine = _gather(x, plan.token[start:end], rows[: stop - start])
         torch.mm(mine, w_gate_up[expert].T, out=gate_up[start:stop])
-        torch.mm(_torch_activate(gate_up[start:stop], weight[start:stop]), w_down[expert].T, out=y[start:stop])
-    return _torch_combine(y, plan.place, topk_weight.shape[1], None), gate_up
+        torch.mm(F.silu(gate[start:stop]).mul_(up[start:stop]), w_down[expert].T, out=y[start:stop])
+    return _torch_combine(y, plan.place, topk_weight.shape[1], topk_weight), gate_up
 
 
 def _torch_bwd(
@@ -235,13 +231,14 @@ def _torch_bwd(
     spare, pairs = _spare(x), topk_weight.numel()
     dx, dweight = x.new_empty(pairs + spare, x.shape[1]), x.new_empty(pairs)
     dw_gate_up, dw_down = torch.empty_like(w_gate_up), torch.empty_like(w_down)
+    gate, up = gate_up.chunk(2, dim=-1)
     weight = F.pad(_spread(topk_weight, plan.place, x.dtype), (0, 0, 0, spare))
     segments = _segments(plan.offsets, spare)
     rows, drows = x.new_empty(2, max((stop - start for _, start, _, stop in segments), default=0), x.shape[1])
     for expert, start, end, stop in segments:
         mine, dmine = (_gather(t, plan.token[start:end], to[: stop - start]) for t, to in ((x, rows), (dout, drows)))
         scaled, dgate_up, products = _torch_activate_backward(
-            torch.mm(dmine, w_down[expert]), gate_up[start:stop], weight[start:stop]
+            torch.mm(dmine, w_down[expert]), gate[start:stop], up[start:stop], weight[start:stop]
         )
         dweight[start:end] = products[: end - start]
         if stop > end:  # what the next expert's gate_up gave
@@ -259,11 +256,18 @@ def _torch_bwd(
 # --- forward and backward ---------------------------------------------------------------------------------------------
 
 
+def _order(ids: Tensor, experts: int) -> Tensor:
+    """The stable order that sorts ids. On the CPU numpy's, which is four times as quick: 16 bits go by radix."""
+    if not _launch.use_triton(ids) and ids.device.type == "cpu" and experts <= 1 << 15:
+        return torch.from_numpy(ids.to(torch.int16).numpy().argsort(kind="stable"))
+    return ids.argsort(stable=True)
+
+
 def _plan(topk_ids: Tensor, experts: int) -> MoePlan:
     flat = topk_ids.flatten()
     counts = torch.zeros(experts, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
     offsets = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
-    order = flat.argsort(stable=True)
+    order = _order(flat, experts)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(flat.shape[0], device=flat.device))
     return MoePlan(offsets, place, order // topk_ids.shape[1])
 
@@ -274,8 +278,10 @@ def _spread(weight: Tensor, place: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _activate_backward(dout: Tensor, gate_up: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    backward = _triton_activate_backward if _launch.use_triton(gate_up) else _torch_activate_backward
-    return backward(dout, gate_up, weight)
+    if _launch.use_triton(gate_up):
+        return _triton_activate_backward(dout, gate_up, weight)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return _torch_activate_backward(dout, gate, up, weight)
 
 
 def _combine(y: Tensor, place: Tensor, top_k: int, weight: Tensor | None = None) -> Tensor:

@@ -191,10 +191,12 @@ def _triton_bwd(
 def _largest(choice: Tensor, count: int) -> Tensor:
     """Where in each row of [T, N] its `count` largest numbers are, of equals the first. For a few of them quicker than
     torch.topk."""
-    rest, found = choice.clamp(min=torch.finfo(choice.dtype).min), []
+    found: list[Tensor] = []
+    rest = choice.clamp(min=torch.finfo(choice.dtype).min)
     for _ in range(count):
+        if found:
+            rest.scatter_(-1, found[-1], -torch.inf)
         found.append(rest.max(-1, keepdim=True).indices)
-        rest.scatter_(-1, found[-1], -torch.inf)
     return torch.cat(found, -1)
 
 
