@@ -195,7 +195,7 @@ def judge(output: Any, reference: Any, tolerance: float) -> Verdict:
     for x, y in zip(got, want, strict=True):
         if y.numel() == 0:
             continue
-        norm = torch.linalg.vector_norm(y, dtype=torch.float32).clamp_min_(torch.finfo(torch.float32).tiny)
+        norm = torch.linalg.vector_norm(y.float()).clamp_min_(torch.finfo(torch.float32).tiny)
         relative = (torch.linalg.vector_norm(x.float() - y.float()) / norm).item()
         error = max(error, relative if relative == relative else float("inf"))  # NaN compares as nothing
     return Verdict(error, "" if error <= tolerance else f"relative error {error:.3g}, allowed is {tolerance:.3g}")

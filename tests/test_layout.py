@@ -40,8 +40,8 @@ ALLOWED = {
 }
 TOP = {"cli", "quickstart", "doctor", "plan", "__main__", "__init__"}  # may import anything of minids
 # fp8_quant: what fp8 rooms quantise with; swiglu, swiglu_quant: the activation inside moe, which must not exist twice;
-# grouped_gemm: the products inside moe, and how grouped_fp8_gemm numbers tiles; rms_norm: what rms_norm_quant computes
-# before it quantises;
+# moe_plan: where moe's rows lie; grouped_gemm: the products inside moe, and how grouped_fp8_gemm numbers tiles;
+# rms_norm: what rms_norm_quant computes before it quantises;
 # fp8_gemm: the three products of fp8_linear, one expert's in grouped_fp8_gemm, as that is grouped_fp8_linear's, whose
 # experts' codes moe has too; _*_torch: a room's path;
 # mla_cache: rows that mla_decode and mla_prefill read, made by rms_norm and rope; mla_attention: mla_prefill's
@@ -58,6 +58,7 @@ ROOM_MAY_IMPORT = {
     "grouped_gemm",
     "mla_attention",
     "mla_cache",
+    "moe_plan",
     "rms_norm",
     "rope",
     "swiglu",

@@ -31,8 +31,9 @@ from .mla_attention import mla_attention, mla_attention_reference
 from .mla_cache import quantize_latent_cache, write_latent_cache, write_latent_cache_reference
 from .mla_decode import mla_decode, mla_decode_reference
 from .mla_prefill import mla_prefill, mla_prefill_reference
-from .moe import MoePlan, moe_experts, moe_experts_reference, moe_permute, moe_unpermute
+from .moe import moe_experts, moe_experts_reference, moe_permute, moe_unpermute
 from .moe_gate import moe_gate, moe_gate_reference
+from .moe_plan import MoePlan, moe_plan, moe_plan_reference
 from .rms_norm import rms_norm, rms_norm_reference
 from .rms_norm_quant import rms_norm_quant, rms_norm_quant_reference
 from .rope import rope, rope_reference
@@ -77,6 +78,8 @@ __all__ = [
     "moe_gate",
     "moe_gate_reference",
     "moe_permute",
+    "moe_plan",
+    "moe_plan_reference",
     "moe_unpermute",
     "quantize_blocks",
     "quantize_blocks_reference",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple, overload
+from typing import overload
 
 import torch
 import torch.nn.functional as F
@@ -27,24 +27,13 @@ from .fp8_quant import ScaleFormat, quantize_tiles
 from .grouped_fp8_gemm import grouped_fp8_gemm, grouped_fp8_gemm_wgrad, quantize_segments_transposed
 from .grouped_fp8_linear import empty_experts, quantize_experts
 from .grouped_gemm import grouped_mm, grouped_outer
+from .moe_plan import MoePlan, check_ids, plan_pairs
 from .swiglu import swiglu_gradients, swiglu_values
 from .swiglu_quant import swiglu_quant
 
-__all__ = ["MoePlan", "moe_experts", "moe_experts_reference", "moe_permute", "moe_unpermute"]
+__all__ = ["moe_experts", "moe_experts_reference", "moe_permute", "moe_unpermute"]
 
 ALIGN = 64  # rows of an expert's products on the PyTorch path in half precision
-
-
-class MoePlan(NamedTuple):
-    """Rows of (token, slot) pairs sorted by expert, a token's pairs in the order of tokens within an expert.
-
-    offsets int32 [E + 1]: starts of the experts' segments; place int64 [T * k]: row of each pair; token int64 [T * k]:
-    token of each row.
-    """
-
-    offsets: Tensor
-    place: Tensor
-    token: Tensor
 
 
 def moe_experts_reference(
@@ -65,11 +54,12 @@ def moe_experts_reference(
 
 @triton.jit
 def _activate_kernel(
-    gate_up_ptr, weight_ptr, out_ptr, M, N, ROWS: tl.constexpr, BLOCK_N: tl.constexpr
+    gate_up_ptr, weight_ptr, pair_ptr, out_ptr, M, N, ROWS: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """out [M, N] = swiglu(gate_up [M, 2N]) * weight [M]; all columns of ROWS rows a program."""
+    """out [M, N] = swiglu(gate_up [M, 2N]) * weight[pair [M]]; all columns of ROWS rows a program."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    weight = tl.load(weight_ptr + rows, mask=rows < M, other=0.0).to(tl.float32)
+    pair = tl.load(pair_ptr + rows, mask=rows < M, other=0)
+    weight = tl.load(weight_ptr + pair, mask=rows < M, other=0.0).to(tl.float32)
     for start in tl.range(0, N, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)[None, :]
         mask = (rows < M) & (cols < N)
@@ -80,13 +70,15 @@ def _activate_kernel(
 
 @triton.jit
 def _activate_backward_kernel(
-    dout_ptr, gate_up_ptr, weight_ptr, out_ptr, dgate_up_ptr, dweight_ptr, M, N,
+    dout_ptr, gate_up_ptr, weight_ptr, pair_ptr, out_ptr, dgate_up_ptr, dweight_ptr, M, N,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """From dout [M, N]: out again, dgate_up [M, 2N] and dweight [M] fp32, each row's products summed in one order."""
+    """From dout [M, N]: out again, dgate_up [M, 2N] and in dweight[pair [M]] fp32 each row's products summed in one
+    order."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     rows = row[:, None]
-    weight = tl.load(weight_ptr + rows, mask=rows < M, other=0.0).to(tl.float32)
+    pair = tl.load(pair_ptr + row, mask=row < M, other=0)
+    weight = tl.load(weight_ptr + pair, mask=row < M, other=0.0).to(tl.float32)[:, None]
     products = tl.zeros((ROWS, BLOCK_N), tl.float32)
     for start in tl.range(0, N, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)[None, :]
@@ -100,7 +92,7 @@ def _activate_backward_kernel(
         tl.store(out_ptr + rows * N + cols, (y * weight).to(out_ptr.dtype.element_ty), mask=mask)
         tl.store(dgate_up_ptr + rows * (2 * N) + cols, dgate.to(dgate_up_ptr.dtype.element_ty), mask=mask)
         tl.store(dgate_up_ptr + rows * (2 * N) + N + cols, dup.to(dgate_up_ptr.dtype.element_ty), mask=mask)
-    tl.store(dweight_ptr + row, tl.sum(products, axis=1), mask=row < M)
+    tl.store(dweight_ptr + pair, tl.sum(products, axis=1), mask=row < M)
 
 
 @triton.jit
@@ -127,23 +119,25 @@ def _combine_kernel(
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 
-def _triton_activate(gate_up: Tensor, weight: Tensor) -> Tensor:
+def _triton_activate(gate_up: Tensor, weight: Tensor, pair: Tensor) -> Tensor:
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, width)
     config = _launch.config("moe", "activate", _launch.arch(gate_up), N=width)
     grid = (triton.cdiv(rows, config["ROWS"]),)
-    _launch.launch(_activate_kernel, grid, gate_up, weight, out, rows, width, **config)
+    _launch.launch(_activate_kernel, grid, gate_up, weight.contiguous(), pair, out, rows, width, **config)
     return out
 
 
-def _triton_activate_backward(dout: Tensor, gate_up: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _triton_activate_backward(
+    dout: Tensor, gate_up: Tensor, weight: Tensor, pair: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     rows, width = dout.shape
     out, dgate_up = torch.empty_like(dout), torch.empty_like(gate_up)
     dweight = dout.new_empty(rows, dtype=torch.float32)
     config = _launch.config("moe", "activate_backward", _launch.arch(dout), N=width)
     _launch.launch(
         _activate_backward_kernel, (triton.cdiv(rows, config["ROWS"]),),
-        dout, gate_up, weight, out, dgate_up, dweight, rows, width, **config,
+        dout, gate_up, weight.contiguous(), pair, out, dgate_up, dweight, rows, width, **config,
     )  # fmt: skip
     return out, dgate_up, dweight
 
@@ -232,7 +226,7 @@ def _torch_bwd(
     dx, dweight = x.new_empty(pairs + spare, x.shape[1]), x.new_empty(pairs)
     dw_gate_up, dw_down = torch.empty_like(w_gate_up), torch.empty_like(w_down)
     gate, up = gate_up.chunk(2, dim=-1)
-    weight = F.pad(_spread(topk_weight, plan.place, x.dtype), (0, 0, 0, spare))
+    weight = F.pad(_spread(topk_weight, plan.pair, x.dtype), (0, 0, 0, spare))
     segments = _segments(plan.offsets, spare)
     rows, drows = x.new_empty(2, max((stop - start for _, start, _, stop in segments), default=0), x.shape[1])
     for expert, start, end, stop in segments:
@@ -250,38 +244,27 @@ def _torch_bwd(
     for idle in set(range(w_down.shape[0])).difference(expert for expert, *_ in segments):
         dw_gate_up[idle].zero_()
         dw_down[idle].zero_()
-    return _torch_combine(dx, plan.place, topk_weight.shape[1], None), dweight, dw_gate_up, dw_down
+    return _torch_combine(dx, plan.place, topk_weight.shape[1], None), dweight[plan.place], dw_gate_up, dw_down
 
 
 # --- forward and backward ---------------------------------------------------------------------------------------------
 
 
-def _order(ids: Tensor, experts: int) -> Tensor:
-    """The stable order that sorts ids. On the CPU numpy's, which is four times as quick: 16 bits go by radix."""
-    if not _launch.use_triton(ids) and ids.device.type == "cpu" and experts <= 1 << 15:
-        return torch.from_numpy(ids.to(torch.int16).numpy().argsort(kind="stable"))
-    return ids.argsort(stable=True)
-
-
-def _plan(topk_ids: Tensor, experts: int) -> MoePlan:
-    flat = topk_ids.flatten()
-    counts = torch.zeros(experts, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
-    offsets = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
-    order = _order(flat, experts)
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(flat.shape[0], device=flat.device))
-    return MoePlan(offsets, place, order // topk_ids.shape[1])
-
-
-def _spread(weight: Tensor, place: Tensor, dtype: torch.dtype) -> Tensor:
+def _spread(weight: Tensor, pair: Tensor, dtype: torch.dtype) -> Tensor:
     """Router weights [T, k] -> [T * k, 1] in the rows' order."""
-    return weight.new_empty(place.shape, dtype=dtype).scatter_(0, place, weight.flatten().to(dtype)).unsqueeze(1)
+    return weight.flatten().index_select(0, pair).to(dtype).unsqueeze(1)
 
 
-def _activate_backward(dout: Tensor, gate_up: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _activate_backward(
+    dout: Tensor, gate_up: Tensor, topk_weight: Tensor, plan: MoePlan
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> scaled activations again, dgate_up, dweight [T * k] in the order of pairs."""
     if _launch.use_triton(gate_up):
-        return _triton_activate_backward(dout, gate_up, weight)
+        return _triton_activate_backward(dout, gate_up, topk_weight, plan.pair)
     gate, up = gate_up.chunk(2, dim=-1)
-    return _torch_activate_backward(dout, gate, up, weight)
+    weight = _spread(topk_weight, plan.pair, dout.dtype)
+    scaled, dgate_up, dweight = _torch_activate_backward(dout, gate, up, weight)
+    return scaled, dgate_up, dweight[plan.place]
 
 
 def _combine(y: Tensor, place: Tensor, top_k: int, weight: Tensor | None = None) -> Tensor:
@@ -293,18 +276,16 @@ def _triton_fwd(
 ) -> tuple[Tensor, Tensor]:
     """-> out [T, D], gate_up [T * k, 2F]."""
     gate_up = grouped_mm(x, w_gate_up, plan.offsets, plan.token)
-    y = grouped_mm(_triton_activate(gate_up, _spread(topk_weight, plan.place, x.dtype)), w_down, plan.offsets)
+    y = grouped_mm(_triton_activate(gate_up, topk_weight, plan.pair), w_down, plan.offsets)
     return _triton_combine(y, plan.place, topk_weight.shape[1], None), gate_up
 
 
 def _triton_bwd(
     dout: Tensor, x: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, gate_up: Tensor, plan: MoePlan
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> dx [T, D], dweight [T * k], dw_gate_up, dw_down."""
-    scaled, dgate_up, dweight = _triton_activate_backward(
-        grouped_mm(dout, w_down.transpose(1, 2), plan.offsets, plan.token), gate_up,
-        _spread(topk_weight, plan.place, x.dtype),
-    )  # fmt: skip
+    """-> dx [T, D], dweight [T * k] in the order of pairs, dw_gate_up, dw_down."""
+    dscaled = grouped_mm(dout, w_down.transpose(1, 2), plan.offsets, plan.token)
+    scaled, dgate_up, dweight = _triton_activate_backward(dscaled, gate_up, topk_weight, plan.pair)
     dw_down = grouped_outer(dout, scaled, plan.offsets, a_token=plan.token)
     dw_gate_up = grouped_outer(dgate_up, x, plan.offsets, b_token=plan.token)
     drows = grouped_mm(dgate_up, w_gate_up.transpose(1, 2), plan.offsets)
@@ -323,7 +304,7 @@ def _fp8_fwd(
     """-> out, gate_up, both weights' codes and scales."""
     gate_up_codes, down_codes = quantize_experts(w_gate_up), quantize_experts(w_down)
     gate_up = _fp8_mm(_permuted_codes(x, plan.token, "fp32"), gate_up_codes, plan.offsets, x.dtype)
-    scaled = swiglu_quant(gate_up, weight=_spread(topk_weight, plan.place, x.dtype).squeeze(1))
+    scaled = swiglu_quant(gate_up, weight=_spread(topk_weight, plan.pair, x.dtype).squeeze(1))
     y = _fp8_mm(scaled, down_codes, plan.offsets, x.dtype)
     return _combine(y, plan.place, topk_weight.shape[1]), gate_up, [*gate_up_codes, *down_codes]
 
@@ -336,7 +317,7 @@ def _fp8_bwd(
         (codes.transpose(1, 2).contiguous(), scales.transpose(1, 2)) for codes, scales in (kept[:2], kept[2:])
     )
     dscaled = _fp8_mm(_permuted_codes(dout, plan.token, "fp32"), down_turned, plan.offsets, x.dtype)
-    scaled, dgate_up, dweight = _activate_backward(dscaled, gate_up, _spread(topk_weight, plan.place, x.dtype))
+    scaled, dgate_up, dweight = _activate_backward(dscaled, gate_up, topk_weight, plan)
     dw_down, dw_gate_up = (
         grouped_fp8_gemm_wgrad(
             *quantize_segments_transposed(left, plan.offsets, left_token),
@@ -359,10 +340,10 @@ def _fp8_mm(rows: tuple[Tensor, Tensor], w: Sequence[Tensor], offsets: Tensor, d
 @operator("moe_experts")
 def _moe_experts(
     x: Tensor, topk_ids: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, fp8: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """-> out [T, D]; for the backward: gate_up [T * k and _spare, 2F], the plan, and if `fp8` what `_fp8_fwd` keeps of
     the weights. x and weights of one dtype."""
-    plan = _plan(topk_ids, w_gate_up.shape[0])
+    plan = plan_pairs(topk_ids, w_gate_up.shape[0])
     if fp8:
         out, gate_up, codes = _fp8_fwd(x, topk_weight, w_gate_up, w_down, plan)
         return out, gate_up, *plan, codes
@@ -373,28 +354,29 @@ def _moe_experts(
 @operator("moe_experts_backward")
 def _moe_experts_backward(
     dout: Tensor, x: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, gate_up: Tensor, offsets: Tensor,
-    place: Tensor, token: Tensor, codes: list[Tensor],
+    place: Tensor, pair: Tensor, token: Tensor, codes: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> dx, dtopk_weight, dw_gate_up, dw_down."""
-    plan = MoePlan(offsets, place, token)
+    plan = MoePlan(offsets, place, pair, token)
     if codes:
         dx, dweight, *dw = _fp8_bwd(dout, x, topk_weight, codes, gate_up, plan)
     else:
         backward = _triton_bwd if _launch.use_triton(x) else _torch_bwd
         dx, dweight, *dw = backward(dout, x, topk_weight, w_gate_up, w_down, gate_up, plan)
     dw_gate_up, dw_down = (d.to(x.dtype) for d in dw)
-    return dx, dweight.to(topk_weight.dtype)[place].view_as(topk_weight), dw_gate_up, dw_down
+    return dx, dweight.to(topk_weight.dtype).view_as(topk_weight), dw_gate_up, dw_down
 
 
 @_moe_experts.register_fake
 def _(
     x: Tensor, topk_ids: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, fp8: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     experts, width, _ = w_gate_up.shape
     pairs = topk_ids.shape[0] * topk_ids.shape[1]
+    place, pair, token = (topk_ids.new_empty(pairs) for _ in range(3))
     return (
         x.new_empty(x.shape), x.new_empty(pairs + (0 if fp8 else _spare(x)), width),
-        x.new_empty(experts + 1, dtype=torch.int32), topk_ids.new_empty(pairs), topk_ids.new_empty(pairs),
+        x.new_empty(experts + 1, dtype=torch.int32), place, pair, token,
         [t for w in (w_gate_up, w_down) for t in empty_experts(w)] if fp8 else [],
     )  # fmt: skip
 
@@ -402,7 +384,7 @@ def _(
 @_moe_experts_backward.register_fake
 def _(
     dout: Tensor, x: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, gate_up: Tensor, offsets: Tensor,
-    place: Tensor, token: Tensor, codes: list[Tensor],
+    place: Tensor, pair: Tensor, token: Tensor, codes: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return tuple(t.new_empty(t.shape) for t in (x, topk_weight, w_gate_up, w_down))  # type: ignore[return-value]
 
@@ -419,7 +401,7 @@ def _backward(ctx, dout, *_):
     if dout is None:  # nothing came back
         return (None,) * 6
     saved = ctx.saved_tensors
-    dx, dweight, dw_gate_up, dw_down = _moe_experts_backward(dout, *saved[:8], list(saved[8:]))
+    dx, dweight, dw_gate_up, dw_down = _moe_experts_backward(dout, *saved[:9], list(saved[9:]))
     return dx, None, dweight, dw_gate_up, dw_down, None
 
 
@@ -427,36 +409,34 @@ _moe_experts.register_autograd(_backward, setup_context=_setup)
 
 
 @operator("moe_permute")
-def _moe_permute(x: Tensor, topk_ids: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _moe_permute(x: Tensor, topk_ids: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> rows [T * k, D], and the plan."""
-    plan = _plan(topk_ids, n_experts)
+    plan = plan_pairs(topk_ids, n_experts)
     return x.index_select(0, plan.token), *plan
 
 
 @operator("moe_unpermute")
-def _moe_unpermute(y: Tensor, place: Tensor, token: Tensor, top_k: int, weight: Tensor | None) -> Tensor:
+def _moe_unpermute(y: Tensor, place: Tensor, pair: Tensor, top_k: int, weight: Tensor | None) -> Tensor:
     return _combine(y, place, top_k, weight)
 
 
 @_moe_permute.register_fake
-def _(x: Tensor, topk_ids: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(x: Tensor, topk_ids: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     pairs = topk_ids.shape[0] * topk_ids.shape[1]
-    return (
-        x.new_empty(pairs, x.shape[1]), x.new_empty(n_experts + 1, dtype=torch.int32), topk_ids.new_empty(pairs),
-        topk_ids.new_empty(pairs),
-    )  # fmt: skip
+    place, pair, token = (topk_ids.new_empty(pairs) for _ in range(3))
+    return x.new_empty(pairs, x.shape[1]), x.new_empty(n_experts + 1, dtype=torch.int32), place, pair, token
 
 
 @_moe_unpermute.register_fake
-def _(y: Tensor, place: Tensor, token: Tensor, top_k: int, weight: Tensor | None) -> Tensor:
+def _(y: Tensor, place: Tensor, pair: Tensor, top_k: int, weight: Tensor | None) -> Tensor:
     return y.new_empty(place.shape[0] // top_k, y.shape[1])
 
 
 def _permute_setup(ctx, inputs, output) -> None:
-    _, *plan = output
+    _, offsets, place, pair, token = output
     ctx.top_k = inputs[1].shape[1]
-    ctx.mark_non_differentiable(*plan)
-    ctx.save_for_backward(*plan[1:])
+    ctx.mark_non_differentiable(offsets, place, pair, token)
+    ctx.save_for_backward(place, pair)
 
 
 def _permute_backward(ctx, drows, *_):
@@ -464,20 +444,19 @@ def _permute_backward(ctx, drows, *_):
 
 
 def _unpermute_setup(ctx, inputs, output) -> None:
-    y, place, token, _, weight = inputs
-    ctx.save_for_backward(y, place, token, weight)
+    y, place, pair, ctx.top_k, weight = inputs
+    ctx.save_for_backward(y, place, pair, weight)
 
 
 def _unpermute_backward(ctx, dout):
     """A token's gradient goes to all its rows; a weight's is the product of its row with it."""
-    y, place, token, weight = ctx.saved_tensors
-    dy = dout.index_select(0, token)
+    y, place, pair, weight = ctx.saved_tensors
+    dy = dout.index_select(0, pair // ctx.top_k)
     if weight is None:
         return dy, None, None, None, None
     wide = torch.promote_types(y.dtype, torch.float32)
     dweight = (dy.to(wide) * y.to(wide)).sum(-1).to(weight.dtype)[place].view_as(weight)
-    rows = torch.empty_like(place).scatter_(0, place, torch.arange(place.shape[0], device=place.device))
-    return (dy * weight.flatten()[rows].unsqueeze(1)).to(y.dtype), None, None, None, dweight
+    return (dy * weight.flatten()[pair].unsqueeze(1)).to(y.dtype), None, None, None, dweight
 
 
 _moe_permute.register_autograd(_permute_backward, setup_context=_permute_setup)
@@ -485,14 +464,6 @@ _moe_unpermute.register_autograd(_unpermute_backward, setup_context=_unpermute_s
 
 
 # --- public ops -------------------------------------------------------------------------------------------------------
-
-
-def _check_ids(topk_ids: Tensor, tokens: int | None) -> None:
-    check_shape("topk_ids", topk_ids, (tokens, None))
-    if topk_ids.dtype != torch.int64:
-        raise TypeError(f"topk_ids: got {topk_ids.dtype}, allowed is torch.int64")
-    if topk_ids.shape[1] == 0:
-        raise ValueError(f"topk_ids: got shape {tuple(topk_ids.shape)}, allowed is one expert a token or more")
 
 
 @overload
@@ -515,9 +486,9 @@ def moe_permute(
     """
     check_float("x", x)
     check_shape("x", x, (None, None))
-    _check_ids(topk_ids, x.shape[0])
+    check_ids(topk_ids, x.shape[0])
     if scale_format is not None:
-        plan = _plan(topk_ids, n_experts)
+        plan = plan_pairs(topk_ids, n_experts)
         return _permuted_codes(x, plan.token, scale_format), plan
     rows, *parts = _moe_permute(x, topk_ids, n_experts)
     return rows, MoePlan(*parts)
@@ -534,7 +505,7 @@ def moe_unpermute(y: Tensor, plan: MoePlan, topk_weight: Tensor) -> Tensor:
     check_shape("topk_weight", topk_weight, (None, None))
     check_shape("plan.place", plan.place, (topk_weight.numel(),))
     check_shape("y", y, (topk_weight.numel(), None))
-    return _moe_unpermute(y, plan.place, plan.token, topk_weight.shape[1], topk_weight)
+    return _moe_unpermute(y, plan.place, plan.pair, topk_weight.shape[1], topk_weight)
 
 
 def moe_experts(
@@ -553,7 +524,7 @@ def moe_experts(
     check_shape("w_down", w_down, (None, width, None))
     experts, _, inner = w_down.shape
     check_shape("w_gate_up", w_gate_up, (experts, 2 * inner, width))
-    _check_ids(topk_ids, tokens)
+    check_ids(topk_ids, tokens)
     check_shape("topk_weight", topk_weight, tuple(topk_ids.shape))
     dtype = compute_dtype(x)
     if fp8 and dtype == torch.float64:

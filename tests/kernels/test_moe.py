@@ -144,9 +144,13 @@ def test_no_count_leaves_the_device(tokens: int) -> None:
 
         names = [launch.kernel.__name__ for launch in record([("", both)], "sm_90")]
     product = f"_grouped_gemm_{'small_' * (3 * tokens <= 32)}kernel"
-    assert names[:4] == [product, "_activate_kernel", product, "_combine_kernel"]
-    assert names[4:6] == [product, "_activate_backward_kernel"]
-    assert names[6:] == ["_grouped_outer_kernel", "_grouped_outer_kernel", product, "_combine_kernel"]
+    plan = ["_moe_count_kernel", "_moe_scan_kernel"] * (3 * tokens > 256) + ["_moe_plan_kernel"]
+    assert names[: len(plan)] == plan
+    assert names[len(plan) :] == [
+        *(product, "_activate_kernel", product, "_combine_kernel"),
+        *(product, "_activate_backward_kernel", "_grouped_outer_kernel", "_grouped_outer_kernel", product),
+        "_combine_kernel",
+    ]
 
 
 def test_what_is_kept_for_the_backward(device: torch.device) -> None:
@@ -212,7 +216,7 @@ def test_fp8_is_a_composition_of_fp8_products(device: torch.device) -> None:
     def composed(x: Tensor, weight: Tensor, wg: Tensor, wd: Tensor) -> Tensor:
         rows, plan = moe_permute(x, ids, experts)
         gate, up = grouped_fp8_linear(rows, wg, plan.offsets).chunk(2, dim=-1)
-        scaled = F.silu(gate) * up * weight.flatten()[plan.place.argsort(), None]
+        scaled = F.silu(gate) * up * weight.flatten()[plan.pair, None]
         return moe_unpermute(grouped_fp8_linear(scaled, wd, plan.offsets), plan, torch.ones_like(weight))
 
     dout = torch.randn(tokens, width, device=device)
@@ -281,8 +285,8 @@ def test_permutations_are_registered_well(device: torch.device) -> None:
     x, weight = torch.randn(7, 12, device=device).requires_grad_(), torch.rand(7, 2, device=device).requires_grad_()
     ids = route(7, 4, 2).to(device)
     opcheck(ops.moe_permute.default, (x, ids, 4))
-    rows, _, place, token = ops.moe_permute(x, ids, 4)
-    opcheck(ops.moe_unpermute.default, (rows.detach().requires_grad_(), place, token, 2, weight))
+    rows, _, place, pair, _ = ops.moe_permute(x, ids, 4)
+    opcheck(ops.moe_unpermute.default, (rows.detach().requires_grad_(), place, pair, 2, weight))
 
 
 @pytest.mark.parametrize(
