@@ -51,8 +51,8 @@ SMALL_TILES = {"_mla_decode_kernel"}
 # rooms that serve AMD's MI300 as they are. The others do not yet: fp8 products spill there, grouped ones need
 # more shared memory than it has, and mla_decode's kernel does not compile.
 HIP_ROOMS = (
-    "cross_entropy", "fp8_quant", "mla_attention", "mla_cache", "moe_gate", "rms_norm", "rms_norm_quant", "swiglu",
-    "swiglu_quant",
+    "cross_entropy", "fp8_quant", "mla_attention", "mla_cache", "moe_gate", "moe_plan", "rms_norm", "rms_norm_quant",
+    "swiglu", "swiglu_quant",
 )  # fmt: skip
 
 
