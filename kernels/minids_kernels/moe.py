@@ -202,20 +202,23 @@ def _gather(x: Tensor, token: Tensor, out: Tensor) -> Tensor:
 
 
 def _torch_fwd(
-    x: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, plan: MoePlan
+    x: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, plan: MoePlan, keep: bool
 ) -> tuple[Tensor, Tensor]:
     """One expert after the other, whose rows stay in the caches. What its products write behind its segment is the next
     expert's to overwrite."""
     spare, pairs = _spare(x), topk_weight.numel()
-    gate_up, y = (x.new_empty(pairs + spare, width) for width in (w_gate_up.shape[1], x.shape[1]))
-    gate_up[pairs:].zero_()
-    gate, up = gate_up.chunk(2, dim=-1)
     segments = _segments(plan.offsets, spare)
-    rows = x.new_empty(max((stop - start for _, start, _, stop in segments), default=0), x.shape[1])
+    longest = max((stop - start for _, start, _, stop in segments), default=0)
+    rows, y = (x.new_empty(length, x.shape[1]) for length in (longest, pairs + spare))
+    gate_up = x.new_empty(pairs + spare if keep else longest, w_gate_up.shape[1])
+    if keep:
+        gate_up[pairs:].zero_()
+    gate, up = gate_up.chunk(2, dim=-1)
     for expert, start, end, stop in segments:
         mine = _gather(x, plan.token[start:end], rows[: stop - start])
-        torch.mm(mine, w_gate_up[expert].T, out=gate_up[start:stop])
-        torch.mm(F.silu(gate[start:stop]).mul_(up[start:stop]), w_down[expert].T, out=y[start:stop])
+        at = slice(start, stop) if keep else slice(stop - start)
+        torch.mm(mine, w_gate_up[expert].T, out=gate_up[at])
+        torch.mm(F.silu(gate[at]).mul_(up[at]), w_down[expert].T, out=y[start:stop])
     return _torch_combine(y, plan.place, topk_weight.shape[1], topk_weight), gate_up
 
 
@@ -272,7 +275,7 @@ def _combine(y: Tensor, place: Tensor, top_k: int, weight: Tensor | None = None)
 
 
 def _triton_fwd(
-    x: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, plan: MoePlan
+    x: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, plan: MoePlan, keep: bool
 ) -> tuple[Tensor, Tensor]:
     """-> out [T, D], gate_up [T * k, 2F]."""
     gate_up = grouped_mm(x, w_gate_up, plan.offsets, plan.token)
@@ -339,16 +342,18 @@ def _fp8_mm(rows: tuple[Tensor, Tensor], w: Sequence[Tensor], offsets: Tensor, d
 
 @operator("moe_experts")
 def _moe_experts(
-    x: Tensor, topk_ids: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, fp8: bool
+    x: Tensor, topk_ids: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, fp8: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    """-> out [T, D]; for the backward: gate_up [T * k and _spare, 2F], the plan, and if `fp8` what `_fp8_fwd` keeps of
-    the weights. x and weights of one dtype."""
+    """-> out [T, D]; for the backward: gate_up [T * k and _spare, 2F], no rows of it unless `keep`, the plan, and if
+    `fp8` what `_fp8_fwd` keeps of the weights. x and weights of one dtype."""
     plan = plan_pairs(topk_ids, w_gate_up.shape[0])
+    codes: list[Tensor] = []
     if fp8:
         out, gate_up, codes = _fp8_fwd(x, topk_weight, w_gate_up, w_down, plan)
-        return out, gate_up, *plan, codes
-    out, gate_up = (_triton_fwd if _launch.use_triton(x) else _torch_fwd)(x, topk_weight, w_gate_up, w_down, plan)
-    return out, gate_up, *plan, []
+    else:
+        forward = _triton_fwd if _launch.use_triton(x) else _torch_fwd
+        out, gate_up = forward(x, topk_weight, w_gate_up, w_down, plan, keep)
+    return out, gate_up if keep else gate_up.new_empty(0, gate_up.shape[1]), *plan, codes
 
 
 @operator("moe_experts_backward")
@@ -369,13 +374,13 @@ def _moe_experts_backward(
 
 @_moe_experts.register_fake
 def _(
-    x: Tensor, topk_ids: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, fp8: bool
+    x: Tensor, topk_ids: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, fp8: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     experts, width, _ = w_gate_up.shape
     pairs = topk_ids.shape[0] * topk_ids.shape[1]
     place, pair, token = (topk_ids.new_empty(pairs) for _ in range(3))
     return (
-        x.new_empty(x.shape), x.new_empty(pairs + (0 if fp8 else _spare(x)), width),
+        x.new_empty(x.shape), x.new_empty(pairs + (0 if fp8 else _spare(x)) if keep else 0, width),
         x.new_empty(experts + 1, dtype=torch.int32), place, pair, token,
         [t for w in (w_gate_up, w_down) for t in empty_experts(w)] if fp8 else [],
     )  # fmt: skip
@@ -390,7 +395,7 @@ def _(
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, _, topk_weight, w_gate_up, w_down, _ = inputs
+    x, _, topk_weight, w_gate_up, w_down, _, _ = inputs
     _, *kept, codes = output
     ctx.mark_non_differentiable(*kept, *codes)
     ctx.set_materialize_grads(False)  # else zeros of gate_up's size would come back for it
@@ -399,10 +404,10 @@ def _setup(ctx, inputs, output) -> None:
 
 def _backward(ctx, dout, *_):
     if dout is None:  # nothing came back
-        return (None,) * 6
+        return (None,) * 7
     saved = ctx.saved_tensors
     dx, dweight, dw_gate_up, dw_down = _moe_experts_backward(dout, *saved[:9], list(saved[9:]))
-    return dx, None, dweight, dw_gate_up, dw_down, None
+    return dx, None, dweight, dw_gate_up, dw_down, None, None
 
 
 _moe_experts.register_autograd(_backward, setup_context=_setup)
@@ -529,5 +534,6 @@ def moe_experts(
     dtype = compute_dtype(x)
     if fp8 and dtype == torch.float64:
         raise TypeError("x: got torch.float64, allowed with fp8 are torch.float32, torch.bfloat16, torch.float16")
-    out, *_ = _moe_experts(x.to(dtype), topk_ids, topk_weight, w_gate_up.to(dtype), w_down.to(dtype), fp8)
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, topk_weight, w_gate_up, w_down))
+    out, *_ = _moe_experts(x.to(dtype), topk_ids, topk_weight, w_gate_up.to(dtype), w_down.to(dtype), fp8, keep)
     return out.to(x.dtype)
