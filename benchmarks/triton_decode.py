@@ -28,26 +28,27 @@ SGLANG_SEQUENCES = 256  # its schedule is worked out for at least as many
 
 def load(package: str, path: str, others: Mapping[str, Mapping[str, Any]]) -> ModuleType:
     """The module at `path` in an installed package that is not imported. `others`: names of modules that it imports,
-    and what these hold."""
+    and what these hold. What it imports relatively, when it is loaded or later, are modules loaded here."""
     spec = importlib.util.find_spec(package)
     folders = list(spec.submodule_search_locations or []) if spec else []
     files = [Path(folder) / path for folder in folders if (Path(folder) / path).is_file()]
     if not files:
         raise ImportError(f"{path}: no such file in {package}'s folders {folders}")
-    own = importlib.util.spec_from_file_location(f"{package}_{files[0].stem}", files[0])
+    name = ".".join([f"{package}_files", *Path(path).with_suffix("").parts])
+    own = importlib.util.spec_from_file_location(name, files[0])
     assert own is not None and own.loader is not None
-    module = sys.modules[own.name] = importlib.util.module_from_spec(own)
-    before = {name: sys.modules.get(name) for name in others}
-    for name, values in others.items():
-        sys.modules[name] = ModuleType(name)
-        vars(sys.modules[name]).update(values)
+    module = sys.modules[name] = importlib.util.module_from_spec(own)
+    before = {other: sys.modules.get(other) for other in others}
+    for other, values in others.items():
+        sys.modules[other] = ModuleType(other)
+        vars(sys.modules[other]).update(values)
     try:
         own.loader.exec_module(module)
     finally:
-        for name, other in before.items():
-            del sys.modules[name]
-            if other is not None:
-                sys.modules[name] = other
+        for other, earlier in before.items():
+            del sys.modules[other]
+            if earlier is not None:
+                sys.modules[other] = earlier
     return module
 
 

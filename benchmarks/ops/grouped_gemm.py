@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from minids_kernels import _launch, grouped_gemm, grouped_gemm_reference
 from minids_kernels.grouped_gemm import grouped_mm, grouped_outer
 from torch import Tensor
 
+from benchmarks import unsloth_moe
 from benchmarks.protocol import (
     OURS,
     Case,
@@ -74,6 +76,7 @@ def _case(rows: int, n: int, k: int, experts: int, dtype: torch.dtype, mode: str
             OURS: Contestant(calls(grouped_gemm, mode), package="minids"),
             "eager": Contestant(calls(loop, mode)),
             "F.grouped_mm": Contestant(calls(functional, mode)),
+            "unsloth": Contestant(partial(unsloth_moe.bind, mode=mode), package="unsloth", on=("cuda",)),
         },
         tolerance=1e-2 if dtype == torch.bfloat16 else 1e-5,  # of the root mean square: roundings of the dtype
         bytes=(1 if mode == "fwd" else 3) * elements * dtype.itemsize,
