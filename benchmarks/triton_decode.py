@@ -7,10 +7,11 @@ sglang/srt/layers/attention/triton_backend.py of sglang 0.5.23.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -26,6 +27,22 @@ SGLANG_SPLITS = 8  # --triton-attention-num-kv-splits
 SGLANG_SEQUENCES = 256  # its schedule is worked out for at least as many
 
 
+@contextlib.contextmanager
+def standing_in(others: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
+    """While it lasts, imports of the named modules find ones that hold what is given."""
+    before = {name: sys.modules.get(name) for name in others}
+    for name, values in others.items():
+        sys.modules[name] = ModuleType(name)
+        vars(sys.modules[name]).update(values)
+    try:
+        yield
+    finally:
+        for name, earlier in before.items():
+            del sys.modules[name]
+            if earlier is not None:
+                sys.modules[name] = earlier
+
+
 def load(package: str, path: str, others: Mapping[str, Mapping[str, Any]]) -> ModuleType:
     """The module at `path` in an installed package that is not imported. `others`: names of modules that it imports,
     and what these hold. What it imports relatively, when it is loaded or later, are modules loaded here."""
@@ -38,17 +55,8 @@ def load(package: str, path: str, others: Mapping[str, Mapping[str, Any]]) -> Mo
     own = importlib.util.spec_from_file_location(name, files[0])
     assert own is not None and own.loader is not None
     module = sys.modules[name] = importlib.util.module_from_spec(own)
-    before = {other: sys.modules.get(other) for other in others}
-    for other, values in others.items():
-        sys.modules[other] = ModuleType(other)
-        vars(sys.modules[other]).update(values)
-    try:
+    with standing_in(others):
         own.loader.exec_module(module)
-    finally:
-        for other, earlier in before.items():
-            del sys.modules[other]
-            if earlier is not None:
-                sys.modules[other] = earlier
     return module
 
 

@@ -25,7 +25,7 @@ import transformers
 from minids_kernels import _launch, moe_experts, moe_experts_reference
 from torch import Tensor, nn
 
-from benchmarks import triton_moe
+from benchmarks import sglang_moe, triton_moe
 from benchmarks.cases import MINI
 from benchmarks.ops import grouped_gemm
 from benchmarks.peers import transformers_model
@@ -99,7 +99,10 @@ def _case(
         return Inputs((x, ids, weight, w_gate_up, w_down), () if mode == "fwd" else (torch.randn_like(x),))
 
     passes = 1 if mode == "fwd" else 3
-    vllm = Contestant(calls(triton_moe.vllm_experts), package="vllm", on=("cuda",))  # has no backward
+    serving = {} if mode != "fwd" else {
+        "vllm triton": Contestant(calls(triton_moe.vllm_experts), package="vllm", on=("cuda",)),
+        "sglang triton": Contestant(calls(sglang_moe.sglang_experts), package="sglang", on=("cuda",)),
+    }  # fmt: skip
     return Case(
         name=f"layer {mode}",
         shape={"M": tokens, "N": width, "K": inner, "E": experts, "top_k": top_k},
@@ -111,7 +114,7 @@ def _case(
             "eager": Contestant(calls(eager, mode)),
             "F.grouped_mm": Contestant(calls(grouped, mode)),
             "liger": Contestant(calls(liger, mode), package="liger-kernel", on=("cuda",)),
-            **({"vllm triton": vllm} if mode == "fwd" else {}),
+            **serving,
         },
         tolerance=2e-2 if dtype == torch.bfloat16 else 1e-5,  # of the root mean square: roundings in between
         bytes=passes * (2 * tokens * width + 3 * experts * width * inner) * dtype.itemsize,
