@@ -99,10 +99,10 @@ def _case(
         return Inputs((x, ids, weight, w_gate_up, w_down), () if mode == "fwd" else (torch.randn_like(x),))
 
     passes = 1 if mode == "fwd" else 3
-    serving = {} if mode != "fwd" else {
+    serving = {
         "vllm triton": Contestant(calls(triton_moe.vllm_experts), package="vllm", on=("cuda",)),
         "sglang triton": Contestant(calls(sglang_moe.sglang_experts), package="sglang", on=("cuda",)),
-    }  # fmt: skip
+    }  # have no backward
     return Case(
         name=f"layer {mode}",
         shape={"M": tokens, "N": width, "K": inner, "E": experts, "top_k": top_k},
@@ -114,7 +114,7 @@ def _case(
             "eager": Contestant(calls(eager, mode)),
             "F.grouped_mm": Contestant(calls(grouped, mode)),
             "liger": Contestant(calls(liger, mode), package="liger-kernel", on=("cuda",)),
-            **serving,
+            **(serving if mode == "fwd" else {}),
         },
         tolerance=2e-2 if dtype == torch.bfloat16 else 1e-5,  # of the root mean square: roundings in between
         bytes=passes * (2 * tokens * width + 3 * experts * width * inner) * dtype.itemsize,
@@ -124,12 +124,14 @@ def _case(
 
 def _fp8_case(case: Case, mode: str) -> Case:
     """The same layer in fp8, with its form in the case's dtype as a peer."""
+    vllm = Contestant(triton_moe.bind_vllm_fp8, package="vllm", on=("cuda",))  # has no backward
     return dataclasses.replace(
         case,
         name=f"layer fp8 {mode}",
         contestants={
             OURS: Contestant(calls(functools.partial(moe_experts, fp8=True), mode), package="minids"),
             "without fp8": case.contestants[OURS],
+            **({"vllm triton": vllm} if mode == "fwd" else {}),
         },
         tolerance=1e-1,  # four to eight roundings to e4m3, of 2^-4 / sqrt(3) each in the root mean square
     )
