@@ -8,10 +8,10 @@ A room's module has
 
 Names that benchmarks.goals and the tables rely on. Contestants: "minids" is ours, always there; "eager" is the plain
 formula in PyTorch, "compile" the same under torch.compile, "cublas" F.scaled_mm with block scales, "bf16" PyTorch's
-bf16 product, then "torchao", "deepgemm", "liger", "fla" and "deepseek" (DeepSeek's own kernels' formulae); a PyTorch
-function goes by its own name, "F.rms_norm". Cases: "fwd", "bwd", "fwd+bwd", with a word before it where one room has
-several ops: "linear fwd+bwd", "residual fwd", "quant fwd". Sizes are letters: M rows or tokens, N output columns (a
-norm's columns), K what is summed over, E experts.
+bf16 product, then "torchao", "deepgemm", "liger", "fla", "unsloth", "vllm triton", "sglang triton" and "deepseek"
+(DeepSeek's own kernels' formulae); a PyTorch function goes by its own name, "F.rms_norm". Cases: "fwd", "bwd",
+"fwd+bwd", with a word before it where one room has several ops: "linear fwd+bwd", "residual fwd", "quant fwd". Sizes
+are letters: M rows or tokens, N output columns (a norm's columns), K what is summed over, E experts.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""A peer of grouped_gemm: unsloth's, forward and backward. The package is not imported; what its files want of it, and
-of pandas, is stood in for. They are under the AGPL: they are loaded as they lie in the installed wheel, none is copied.
+"""A peer of grouped_gemm and of moe_experts: unsloth's, forward and backward. The packages unsloth and unsloth_zoo are
+not imported; what their files want of them, and of pandas, is stood in for. The files are under the AGPL: they are
+loaded as they lie in the installed wheels, none is copied.
 
 Tiles are asked for as unsloth_zoo 2026.10 asks: unsloth's tuner tries its candidates once for a shape of weights, which
 compiles for minutes, and keeps what it found in ~/.cache/unsloth. Under UNSLOTH_MOE_DISABLE_AUTOTUNE=1, unsloth's own
@@ -19,7 +20,7 @@ from torch import Tensor
 from benchmarks.protocol import Inputs, Run, calls
 from benchmarks.triton_decode import load
 
-FOLDER = "kernels/moe"
+FOLDER, PATCHES = "kernels/moe", "temporary_patches"
 
 
 @functools.cache
@@ -42,6 +43,13 @@ def tiles(experts: int, n: int, k: int, top_k: int, dtype: torch.dtype) -> dict[
     return {"kernel_config_fwd": forward, "kernel_config_bwd_dX": dx, "kernel_config_bwd_dW": dw}
 
 
+@functools.cache
+def zoo() -> tuple[ModuleType, ModuleType]:
+    """What a layer has beside the products: routing and activation."""
+    routing = load("unsloth_zoo", f"{PATCHES}/moe_routing_triton.py", {})
+    return routing, load("unsloth_zoo", f"{PATCHES}/moe_fused_swiglu.py", {})
+
+
 def _grouped_gemm(x: Tensor, w: Tensor, counts: Tensor) -> Tensor:
     out: Tensor = unsloth()[0].grouped_gemm(x, w, counts, 1, **tiles(*w.shape, 1, w.dtype))
     return out
@@ -51,3 +59,17 @@ def bind(inputs: Inputs, mode: str) -> Run:
     """`grouped_gemm`'s arguments; experts' numbers of rows are counted beforehand."""
     x, w, offsets = inputs.args
     return calls(_grouped_gemm, mode)(Inputs((x, w, offsets.diff()), inputs.douts))
+
+
+def unsloth_experts(x: Tensor, topk_ids: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
+    """`moe_experts`' arguments, in the steps of unsloth_zoo's layer: the first product reads tokens' rows where they
+    are, the second writes each token's rows side by side; weighting and adding these up are PyTorch's."""
+    product, (routing, activation), top_k = unsloth()[0].grouped_gemm, zoo(), topk_ids.shape[1]
+    counts, order, _ = routing.moe_routing_sort(topk_ids, w_gate_up.shape[0])
+    gate_up = product(x, w_gate_up, counts, top_k, order, permute_x=True, **tiles(*w_gate_up.shape, top_k, x.dtype))
+    hidden = activation.moe_fused_swiglu(gate_up)
+    y = product(
+        hidden, w_down, counts, top_k, order, permute_y=True, is_first_gemm=False,
+        **tiles(*w_down.shape, top_k, x.dtype),
+    )  # fmt: skip
+    return (y.unflatten(0, (-1, top_k)) * topk_weight.to(y.dtype).unsqueeze(2)).sum(1)

@@ -25,7 +25,7 @@ import transformers
 from minids_kernels import _launch, moe_experts, moe_experts_reference
 from torch import Tensor, nn
 
-from benchmarks import sglang_moe, triton_moe
+from benchmarks import sglang_moe, triton_moe, unsloth_moe
 from benchmarks.cases import MINI
 from benchmarks.ops import grouped_gemm
 from benchmarks.peers import transformers_model
@@ -114,6 +114,7 @@ def _case(
             "eager": Contestant(calls(eager, mode)),
             "F.grouped_mm": Contestant(calls(grouped, mode)),
             "liger": Contestant(calls(liger, mode), package="liger-kernel", on=("cuda",)),
+            "unsloth": Contestant(calls(unsloth_moe.unsloth_experts, mode), package="unsloth", on=("cuda",)),
             **(serving if mode == "fwd" else {}),
         },
         tolerance=2e-2 if dtype == torch.bfloat16 else 1e-5,  # of the root mean square: roundings in between

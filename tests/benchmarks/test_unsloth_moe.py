@@ -1,5 +1,5 @@
-"""unsloth's grouped products are handed the case's own problem: stand-ins in a package of the same layout, which import
-what the real files import and read the arguments where these do, must agree with the case's reference."""
+"""unsloth's grouped products and layer are handed the cases' own problems: stand-ins in packages of the same layout,
+which import what the real files import and read the arguments where these do, must agree with the cases' references."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from benchmarks import unsloth_moe
-from benchmarks.ops import grouped_gemm as cases
-from benchmarks.protocol import judge
+from benchmarks.ops import grouped_gemm, moe
+from benchmarks.protocol import Case, judge
 
 TUNING = """
 from dataclasses import dataclass
@@ -46,29 +46,54 @@ assert DEVICE_TYPE == "cuda" and callable(cuda_visible_capabilities)
 
 class GroupedGemm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, X, W, m_sizes, tiles):
-        ctx.save_for_backward(X, W, m_sizes)
-        ctx.tiles = tiles
+    def forward(ctx, X, W, m_sizes, topk, gather_indices, permute_x, permute_y, tiles):
+        ctx.save_for_backward(X, W, m_sizes, gather_indices)
+        ctx.rest = topk, permute_x, permute_y, tiles
         with torch_gpu_device(X.device):
-            return product(X, W, m_sizes.tolist())
+            y = product(X[gather_indices // topk] if permute_x else X, W, m_sizes.tolist())
+        return torch.empty_like(y).index_copy_(0, gather_indices, y) if permute_y else y
 
     @staticmethod
     def backward(ctx, dY):
         from ..autotune_cache import fits
 
-        X, W, m_sizes = ctx.saved_tensors
-        assert all(fits(tiles) for tiles in ctx.tiles)
-        return *gradients(X, W, m_sizes.tolist(), dY), None, None
+        X, W, m_sizes, gather_indices = ctx.saved_tensors
+        topk, permute_x, permute_y, tiles = ctx.rest
+        assert all(fits(config) for config in tiles)
+        rows = X[gather_indices // topk] if permute_x else X
+        dX, dW = gradients(rows, W, m_sizes.tolist(), dY[gather_indices] if permute_y else dY)
+        if permute_x:
+            dX = torch.zeros_like(X).index_add_(0, gather_indices // topk, dX)
+        return dX, dW, *(None,) * 6
 
 
 def grouped_gemm(
-    X, W, m_sizes, topk, kernel_config_fwd=None, kernel_config_bwd_dX=None, kernel_config_bwd_dW=None, autotune=False
+    X, W, m_sizes, topk, gather_indices=None, permute_x=False, permute_y=False, kernel_config_fwd=None,
+    kernel_config_bwd_dX=None, kernel_config_bwd_dW=None, autotune=False, is_first_gemm=True,
 ):
-    assert topk == 1 and not autotune and int(m_sizes.sum()) == len(X)
+    assert not autotune and not (permute_x if not is_first_gemm else permute_y)
+    assert int(m_sizes.sum()) == len(X) * (topk if permute_x else 1)
     tiles = kernel_config_fwd, kernel_config_bwd_dX, kernel_config_bwd_dW
     assert [t.what for t in tiles] == ["fwd", "dX", "dW"] and all(isinstance(t, Tiles) for t in tiles)
     assert {t.problem for t in tiles} == {(len(W), W.shape[2], W.shape[1] // 2, topk, W.dtype)}
-    return GroupedGemm.apply(X, W, m_sizes.view(-1), tiles)
+    return GroupedGemm.apply(X, W, m_sizes.view(-1), topk, gather_indices, permute_x, permute_y, tiles)
+"""
+ROUTING = """
+import torch
+
+
+def moe_routing_sort(top_k_index, num_experts):
+    flat = top_k_index.flatten()
+    counts = torch.bincount(flat, minlength=num_experts).int()
+    return counts, flat.argsort(stable=True), counts.cumsum(0)
+"""
+ACTIVATION = """
+import torch.nn.functional as F
+
+
+def moe_fused_swiglu(gate_up, act=0, interleaved=False):
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
 """
 FILES = {
     "grouped_gemm/kernels/autotuning.py": "BLOCKS = [64, 128]",
@@ -111,31 +136,49 @@ def get_or_autotune_moe_kernels(num_experts, hidden_dim, intermediate_dim, top_k
 }
 
 
+FILES = {f"unsloth/{unsloth_moe.FOLDER}/{path}": text for path, text in FILES.items()} | {
+    f"unsloth_zoo/{unsloth_moe.PATCHES}/moe_routing_triton.py": ROUTING,
+    f"unsloth_zoo/{unsloth_moe.PATCHES}/moe_fused_swiglu.py": ACTIVATION,
+}
+CACHES = unsloth_moe.unsloth, unsloth_moe.zoo, unsloth_moe.tiles
+
+
 @pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for path, text in FILES.items():
-        file = tmp_path / "unsloth" / unsloth_moe.FOLDER / path
+        file = tmp_path / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
-    (tmp_path / "unsloth/__init__.py").write_text("raise AssertionError('the package itself was imported')")
+    for package in ("unsloth", "unsloth_zoo"):
+        (tmp_path / package / "__init__.py").write_text("raise AssertionError('the package itself was imported')")
     monkeypatch.syspath_prepend(tmp_path)
-    unsloth_moe.unsloth.cache_clear()
-    unsloth_moe.tiles.cache_clear()
+    for cache in CACHES:
+        cache.cache_clear()
     yield
-    unsloth_moe.unsloth.cache_clear()
-    unsloth_moe.tiles.cache_clear()
+    for cache in CACHES:
+        cache.cache_clear()
 
 
-@pytest.mark.parametrize("mode", ["fwd", "fwd+bwd"])
-def test_grouped_gemm(package: None, mode: str) -> None:
-    torch.manual_seed(0)
-    case = cases._case(40, 16, 12, 4, torch.float32, mode, torch.device("cpu"))
+def agrees(case: Case) -> None:
     inputs, contestant = case.make(), case.contestants["unsloth"]
     run = contestant.bind(inputs)
     for _ in range(2):
         assert not judge(contestant.read(run()), case.reference(inputs), case.tolerance).reason
+    assert not any(module.split(".")[0] in ("unsloth", "unsloth_zoo") for module in sys.modules)
+
+
+@pytest.mark.parametrize("mode", ["fwd", "fwd+bwd"])
+def test_grouped_gemm(packages: None, mode: str) -> None:
+    torch.manual_seed(0)
+    agrees(grouped_gemm._case(40, 16, 12, 4, torch.float32, mode, torch.device("cpu")))
     assert unsloth_moe.unsloth()[1].asked == [(4, 12, 8, 1, torch.float32)]  # once for a shape
-    assert not any(module.split(".")[0] == "unsloth" for module in sys.modules)
+
+
+@pytest.mark.parametrize("mode", ["fwd", "fwd+bwd"])
+def test_experts(packages: None, mode: str) -> None:
+    torch.manual_seed(0)
+    agrees(moe._case(20, 16, 12, 4, 2, torch.float32, mode, torch.device("cpu")))
+    assert unsloth_moe.unsloth()[1].asked == [(4, 16, 12, 2, torch.float32), (4, 12, 8, 2, torch.float32)]
 
 
 def test_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
