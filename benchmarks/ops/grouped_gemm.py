@@ -90,7 +90,8 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
 
 
 def tuning() -> dict[str, Tuning]:
-    """Of the tables for half precision: V3's gate_up product; the other tables are for what nobody should be using."""
+    """Of the tables for half precision: V3's gate_up product; the other tables are for what nobody should be using.
+    Tensor descriptors are tried everywhere; for chips that have none the compiler makes pointers of them."""
 
     def bind(mode: str) -> Callable[[Mapping[str, int]], Run]:
         def run(shape: Mapping[str, int]) -> Run:
@@ -104,8 +105,9 @@ def tuning() -> dict[str, Tuning]:
     def many(shape: Mapping[str, int]) -> list[dict[str, Any]]:
         heights = (64, 128) if shape["rows"] > 64 else (16, 32, 64)
         return combinations(
-            BLOCK_M=heights, BLOCK_N=(128, 256), BLOCK_K=(64, 128), GROUP=(8,), num_warps=(4, 8), num_stages=(3, 4, 5)
-        )
+            TMA=(True, False), BLOCK_M=heights, BLOCK_N=(128, 256), BLOCK_K=(64, 128), GROUP=(8,), num_warps=(4, 8),
+            num_stages=(3, 4, 5),
+        )  # fmt: skip
 
     def small(shape: Mapping[str, int]) -> list[dict[str, Any]]:
         return combinations(BLOCK_N=(64, 128), BLOCK_K=(64, 128, 256), num_warps=(4, 8), num_stages=(3, 4, 5))

@@ -11,6 +11,8 @@ leaves it the ceil(count / B) numbers it needs, because floor((o + c) / B) + 1 -
 program finds its expert by counting which of these first numbers are not above its own. Up to SMALL rows (decoding)
 each row is a tile of its own, of which only a segment's first does work: weights are read once, and only those that
 are hit; there the weights are the operand that tensor cores want 64 rows of.
+Where the launch table says TMA, many rows and their weights are fetched by tensor descriptors, each if its memory lies
+as these want it; tokens' rows always by pointers.
 Gradients: dx = the same product with w[e].T; dw[e] = dy_e.T @ x_e, one program an output tile walking through the
 segment's rows: no atomics, the same bits every time. Runs on every GPU that Triton knows.
 Device-side offsets: pytorch/pytorch#146328; rows without padding: pytorch/torchtitan#2255.
@@ -29,6 +31,9 @@ from . import _launch
 from ._checks import check_float, check_shape, compute_dtype
 from ._launch import tl, triton
 from ._operator import operator
+
+if _launch.HAS_TRITON:
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
 __all__ = ["grouped_gemm", "grouped_gemm_reference"]
 
@@ -80,33 +85,41 @@ def segment_at(row, offsets_ptr, E, T, EXPERTS: tl.constexpr):
 
 @triton.jit
 def _grouped_gemm_kernel(
-    x_ptr, token_ptr, w_ptr, offsets_ptr, y_ptr, T, E, N, K, x_row, x_col, w_expert, w_row, w_col,
-    GATHERED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    EXPERTS: tl.constexpr, EVEN_K: tl.constexpr,
+    x, token_ptr, w, offsets_ptr, y_ptr, T, E, N, K, x_row, x_col, w_expert, w_row, w_col,
+    X_TMA: tl.constexpr, W_TMA: tl.constexpr, TURNED: tl.constexpr, GATHERED: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EXPERTS: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of y [T, N] contiguous a program, of row token[t] of x where GATHERED, else of row t; EXPERTS: a power
-    of two above E; E itself stands for "no expert"."""
+    of two above E; E itself stands for "no expert". X_TMA: x is a descriptor; rows past the segment's end are another's
+    then, which changes nothing that is stored. W_TMA: w is one, of [E, N, K], where TURNED of [E, K, N]."""
     tile, column = _tile(tl.program_id(0), T // BLOCK_M + E + 1, tl.cdiv(N, BLOCK_N), GROUP)
     expert, row, end = segment_of(tile, offsets_ptr, E, T, BLOCK_M, EXPERTS)
     if row < end:
         rows = (row + tl.arange(0, BLOCK_M))[:, None]
         cols = (column * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
         depth = tl.arange(0, BLOCK_K)
-        source = tl.load(token_ptr + rows, mask=rows < end, other=0) if GATHERED else rows.to(tl.int64)
-        x_ptrs = x_ptr + source * x_row + depth[None, :] * x_col
-        w_ptrs = w_ptr + expert.to(tl.int64) * w_expert + cols.to(tl.int64) * w_row + depth[:, None] * w_col
+        if not X_TMA:
+            source = tl.load(token_ptr + rows, mask=rows < end, other=0) if GATHERED else rows.to(tl.int64)
+            x_ptrs = x + source * x_row + depth[None, :] * x_col
+        if not W_TMA:
+            w_ptrs = w + expert.to(tl.int64) * w_expert + cols.to(tl.int64) * w_row + depth[:, None] * w_col
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in tl.range(0, tl.where(expert < E, K, 0), BLOCK_K):
-            x_mask = rows < end
-            w_mask = cols < N
-            if not EVEN_K:
-                x_mask &= depth[None, :] < K - k
-                w_mask &= depth[:, None] < K - k
-            x = tl.load(x_ptrs, mask=x_mask, other=0.0)
-            w = tl.load(w_ptrs, mask=w_mask, other=0.0)
-            acc = tl.dot(x, w, acc, input_precision="ieee")
-            x_ptrs += BLOCK_K * x_col
-            w_ptrs += BLOCK_K * w_col
+            if X_TMA:
+                left = x.load([row, k])
+            else:
+                x_mask = rows < end if EVEN_K else (rows < end) & (depth[None, :] < K - k)
+                left = tl.load(x_ptrs, mask=x_mask, other=0.0)
+                x_ptrs += BLOCK_K * x_col
+            if not W_TMA:
+                w_mask = cols < N if EVEN_K else (cols < N) & (depth[:, None] < K - k)
+                right = tl.load(w_ptrs, mask=w_mask, other=0.0)
+                w_ptrs += BLOCK_K * w_col
+            elif TURNED:
+                right = w.load([expert, k, column * BLOCK_N]).reshape(BLOCK_K, BLOCK_N)
+            else:
+                right = w.load([expert, column * BLOCK_N, k]).reshape(BLOCK_N, BLOCK_K).T
+            acc = tl.dot(left, right, acc, input_precision="ieee")
         mask = (rows < end) & (cols < N)
         tl.store(y_ptr + rows.to(tl.int64) * N + cols, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -193,18 +206,35 @@ def _config(kernel: str, *tensors: Tensor, **shape: int) -> dict[str, Any]:
     return _launch.config("grouped_gemm", kernel + kind, _launch.arch(x), **shape)
 
 
+def _describable(x: Tensor) -> bool:
+    """Whether a tensor descriptor can stand for x: it counts in units of 16 bytes, along contiguous rows."""
+    *pitches, inner = x.stride()
+    whole = all(pitch > 0 and pitch * x.element_size() % 16 == 0 for pitch in pitches)
+    return x.numel() > 0 and inner == 1 and whole and x.data_ptr() % 16 == 0
+
+
 def _triton_mm(x: Tensor, token: Tensor | None, w: Tensor, offsets: Tensor, out: Tensor) -> None:
     rows, (experts, width, depth) = out.shape[0], w.shape
     small = rows <= SMALL
-    config = _config("small", x, w) if small else _config("many", x, w, rows=rows // max(1, experts))
-    block = max(16, triton.next_power_of_2(rows)) if small else config["BLOCK_M"]
-    columns = triton.cdiv(width, config["BLOCK_N"])
+    config = dict(_config("small", x, w) if small else _config("many", x, w, rows=rows // max(1, experts)))
+    tma = config.pop("TMA", False)
+    if small:
+        config["BLOCK_M"] = max(16, triton.next_power_of_2(rows))
+    m, n, k = (config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    columns, pitches = triton.cdiv(width, n), (*x.stride(), *w.stride())
+    meta = {**config, "GATHERED": token is not None, "EXPERTS": triton.next_power_of_2(experts + 1)}
+    if not small:
+        turned = w.stride(2) != 1
+        stored, block = (w.transpose(1, 2), [1, k, n]) if turned else (w, [1, n, k])
+        x_tma, w_tma = tma and token is None and _describable(x), tma and _describable(stored)
+        x = TensorDescriptor.from_tensor(x, [m, k]) if x_tma else x
+        w = TensorDescriptor.from_tensor(stored, block) if w_tma else w
+        meta |= {"X_TMA": x_tma, "W_TMA": w_tma, "TURNED": turned}
     _launch.launch(
         _grouped_gemm_small_kernel if small else _grouped_gemm_kernel,
-        (columns, rows) if small else ((rows // block + experts + 1) * columns,),
-        x, offsets if token is None else token, w, offsets, out, rows, experts, width, depth, *x.stride(), *w.stride(),
-        GATHERED=token is not None, EXPERTS=triton.next_power_of_2(experts + 1), EVEN_K=depth % config["BLOCK_K"] == 0,
-        **config | {"BLOCK_M": block},
+        (columns, rows) if small else ((rows // m + experts + 1) * columns,),
+        x, offsets if token is None else token, w, offsets, out, rows, experts, width, depth, *pitches,
+        EVEN_K=depth % k == 0, **meta,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minids_kernels import grouped_gemm, grouped_gemm_reference
+from minids_kernels import _launch, grouped_gemm, grouped_gemm_reference
 from minids_kernels._ops import ops
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -26,8 +26,33 @@ room = importlib.import_module("minids_kernels.grouped_gemm")
 SIZES = [
     ([5, 0, 17, 1], 0, 24, 40), ([0, 0, 19, 0], 5, 80, 48), ([3, 4], 0, 1, 1), ([0, 0], 0, 8, 8), ([0, 0], 3, 8, 8),
     ([40, 0, 0, 31, 0, 65], 0, 33, 17), ([0, 33], 70, 16, 64), ([130], 0, 144, 80),
-    ([64, 64], 0, 32, 0),
+    ([64, 64], 0, 32, 0), ([40, 0, 33, 0], 6, 72, 136), ([0, 0], 35, 8, 8),
 ]  # fmt: skip
+
+# launches that use descriptors, by table
+TMA = {"many": dict(TMA=True, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, GROUP=2, num_warps=4, num_stages=2)}
+
+
+@pytest.fixture(params=["torch", "triton", "descriptors"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The PyTorch path, then the launch tables' kernels, which take fp32 by pointers, then descriptors for all that can
+    have them. On a GPU, those of its own chip."""
+    monkeypatch.setattr(_launch, "BACKEND", "torch" if request.param == "torch" else "triton")
+    if request.param == "descriptors":
+        if torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
+            pytest.skip("the machine's GPU knows no descriptors")
+        real = _launch.config
+
+        def config(room: str, kernel: str, arch: str, **shape: int) -> dict[str, int]:
+            return TMA.get(kernel.split("_")[0]) or real(room, kernel, arch, **shape)
+
+        monkeypatch.setattr(_launch, "config", config)
+    return str(request.param)
+
+
+@pytest.fixture
+def device(backend: str) -> torch.device:
+    return torch.device("cuda" if backend != "torch" and torch.cuda.is_available() else "cpu")
 
 
 def offsets_of(counts: Sequence[int], device: str | torch.device = "cpu") -> Tensor:
@@ -54,7 +79,7 @@ def check_counts(counts: Sequence[int], spare: int, width: int, depth: int, mode
 
 
 def skip_bf16(mode: str, backend: str, device: torch.device) -> None:
-    if backend == "triton" and device.type == "cpu" and mode in ("bf16", "autocast"):
+    if backend != "torch" and device.type == "cpu" and mode in ("bf16", "autocast"):
         pytest.skip("Triton's interpreter takes bf16 operands of tl.dot for integers")
 
 
@@ -90,10 +115,9 @@ def test_512_experts(device: torch.device) -> None:
     seed=st.integers(0, 2**16),
 )  # fmt: skip
 def test_any_counts(counts: list[int], spare: int, width: int, depth: int, triton: bool, seed: int) -> None:
-    launch = importlib.import_module("minids_kernels._launch")
     torch.manual_seed(seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "BACKEND", "triton" if triton else "torch")
+        patch.setattr(_launch, "BACKEND", "triton" if triton else "torch")
         device = torch.device("cuda" if triton and torch.cuda.is_available() else "cpu")
         check_counts(counts, spare, width, depth, "fp32", device)
 
@@ -165,6 +189,33 @@ def test_no_count_leaves_the_device(tokens: int) -> None:
         ]
         names = [launch.kernel.__name__ for launch in record(calls, "sm_90")]
     assert names == [f"_grouped_gemm_{'small_' * (tokens <= 32)}kernel", "_grouped_outer_kernel"]
+
+
+HALF = torch.empty(64, 64, dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("x", "as_rows", "as_weights"),
+    [
+        (HALF, True, True), (HALF[:, 8:56], True, True), (HALF[:, 1:49], False, False), (HALF.T, False, True),
+        (HALF[:1].expand(64, 64), False, False), (HALF[:, ::2], False, False),
+        (HALF[:, :1].contiguous(), False, False), (HALF[:, :0], False, False),
+    ],
+    ids=["whole", "columns", "base off 16 bytes", "transposed", "one row", "steps", "pitch off 16 bytes", "empty"],
+)  # fmt: skip
+def test_descriptors_stand_for_what_they_can(x: Tensor, as_rows: bool, as_weights: bool) -> None:
+    """By sm_90's shipped table: rows, but not tokens', and weights as they are stored or their transpose."""
+    token, offsets = torch.empty(64, dtype=torch.int64), torch.empty(4, dtype=torch.int32)
+    weights = x.new_empty(3, 64, x.shape[1])
+    calls: list[Callable[[], Tensor]] = [
+        lambda: room.grouped_mm(x, weights, offsets), lambda: room.grouped_mm(x, weights, offsets, token),
+        lambda: room.grouped_mm(HALF[:, : x.shape[1]], x[None], offsets[:2]),
+        lambda: room.grouped_mm(HALF, x.T[None], offsets[:2]),
+    ]  # fmt: skip
+    rows, tokens, stored, turned = (launch.kwargs for launch in record([("", call) for call in calls], "sm_90"))
+    assert rows["X_TMA"] == as_rows and not tokens["X_TMA"]
+    assert stored["W_TMA"] == turned["W_TMA"] == as_weights
+    assert not as_weights or stored["TURNED"] != turned["TURNED"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
