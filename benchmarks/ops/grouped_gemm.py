@@ -114,8 +114,8 @@ def tuning() -> dict[str, Tuning]:
 
     def outer(shape: Mapping[str, int]) -> list[dict[str, Any]]:
         return combinations(
-            BLOCK_M=(64, 128), BLOCK_N=(128, 256), BLOCK_T=(32, 64, 128), GROUP=(8,), num_warps=(4, 8),
-            num_stages=(3, 4, 5),
+            TMA=(True, False), BLOCK_M=(64, 128), BLOCK_N=(128, 256), BLOCK_T=(32, 64, 128), GROUP=(8,),
+            num_warps=(4, 8), num_stages=(3, 4, 5),
         )  # fmt: skip
 
     return {

@@ -11,8 +11,8 @@ leaves it the ceil(count / B) numbers it needs, because floor((o + c) / B) + 1 -
 program finds its expert by counting which of these first numbers are not above its own. Up to SMALL rows (decoding)
 each row is a tile of its own, of which only a segment's first does work: weights are read once, and only those that
 are hit; there the weights are the operand that tensor cores want 64 rows of.
-Where the launch table says TMA, many rows and their weights are fetched by tensor descriptors, each if its memory lies
-as these want it; tokens' rows always by pointers.
+Where the launch table says TMA, operands are fetched by tensor descriptors, each if its memory lies as these want it;
+tokens' rows always by pointers.
 Gradients: dx = the same product with w[e].T; dw[e] = dy_e.T @ x_e, one program an output tile walking through the
 segment's rows: no atomics, the same bits every time. Runs on every GPU that Triton knows.
 Device-side offsets: pytorch/pytorch#146328; rows without padding: pytorch/torchtitan#2255.
@@ -33,6 +33,7 @@ from ._launch import tl, triton
 from ._operator import operator
 
 if _launch.HAS_TRITON:
+    from triton.tools.ragged_tma import create_ragged_descriptor, load_ragged
     from triton.tools.tensor_descriptor import TensorDescriptor
 
 __all__ = ["grouped_gemm", "grouped_gemm_reference"]
@@ -164,12 +165,12 @@ def _sources(token_ptr, rows, end, GATHERED: tl.constexpr):
 
 @triton.jit
 def _grouped_outer_kernel(
-    a_ptr, a_token_ptr, b_ptr, b_token_ptr, offsets_ptr, out_ptr, M, N, a_row, a_col, b_row, b_col,
-    A_GATHERED: tl.constexpr, B_GATHERED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_T: tl.constexpr, GROUP: tl.constexpr,
+    a, a_token_ptr, b, b_token_ptr, offsets_ptr, out_ptr, M, N, a_row, a_col, b_row, b_col,
+    A_TMA: tl.constexpr, B_TMA: tl.constexpr, A_GATHERED: tl.constexpr, B_GATHERED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One tile of out [E, M, N] contiguous a program: a.T @ b over one expert's rows, which are tokens' where
-    GATHERED."""
+    """One tile of out [E, M, N] contiguous a program: a.T @ b over one expert's rows, which are tokens' where GATHERED.
+    TMA: the operand is one of Triton's ragged descriptors, which give zeros behind a segment of any length."""
     down = tl.cdiv(M, BLOCK_M)
     across = tl.cdiv(N, BLOCK_N)
     expert = tl.program_id(0) // (down * across)
@@ -184,9 +185,15 @@ def _grouped_outer_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for t in tl.range(start, end, BLOCK_T):
         rows = t + tl.arange(0, BLOCK_T)
-        a = tl.load(a_ptr + a_rows[None, :] * a_row + ms * a_col, mask=(rows[None, :] < end) & (ms < M), other=0.0)
-        b = tl.load(b_ptr + b_rows[:, None] * b_row + ns * b_col, mask=(rows[:, None] < end) & (ns < N), other=0.0)
-        acc = tl.dot(a, b, acc, input_precision="ieee")
+        if A_TMA:
+            left = load_ragged(a, start, end - start, [t - start, tile * BLOCK_M]).T
+        else:
+            left = tl.load(a + a_rows[None, :] * a_row + ms * a_col, mask=(rows[None, :] < end) & (ms < M), other=0.0)
+        if B_TMA:
+            right = load_ragged(b, start, end - start, [t - start, column * BLOCK_N])
+        else:
+            right = tl.load(b + b_rows[:, None] * b_row + ns * b_col, mask=(rows[:, None] < end) & (ns < N), other=0.0)
+        acc = tl.dot(left, right, acc, input_precision="ieee")
         # a step ahead: loads of addresses that are loaded in the same step would halve the pipeline's depth
         a_rows = _sources(a_token_ptr, rows + BLOCK_T, end, A_GATHERED)
         b_rows = _sources(b_token_ptr, rows + BLOCK_T, end, B_GATHERED)
@@ -242,12 +249,16 @@ def _triton_outer(
     a: Tensor, b: Tensor, offsets: Tensor, out: Tensor, a_token: Tensor | None, b_token: Tensor | None
 ) -> None:  # fmt: skip
     experts, down, across = out.shape
-    config = _config("outer", a, b)
-    tiles = triton.cdiv(down, config["BLOCK_M"]) * triton.cdiv(across, config["BLOCK_N"])
+    config = dict(_config("outer", a, b))
+    tma = config.pop("TMA", False)
+    a_tma, b_tma = (tma and token is None and _describable(x) for x, token in ((a, a_token), (b, b_token)))
+    m, n, t = (config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_T"))
     _launch.launch(
-        _grouped_outer_kernel, (experts * tiles,),
-        a, offsets if a_token is None else a_token, b, offsets if b_token is None else b_token, offsets, out, down,
-        across, *a.stride(), *b.stride(), A_GATHERED=a_token is not None, B_GATHERED=b_token is not None, **config,
+        _grouped_outer_kernel, (experts * triton.cdiv(down, m) * triton.cdiv(across, n),),
+        create_ragged_descriptor(a, [t, m]) if a_tma else a, offsets if a_token is None else a_token,
+        create_ragged_descriptor(b, [t, n]) if b_tma else b, offsets if b_token is None else b_token,
+        offsets, out, down, across, *a.stride(), *b.stride(), A_TMA=a_tma, B_TMA=b_tma,
+        A_GATHERED=a_token is not None, B_GATHERED=b_token is not None, **config,
     )  # fmt: skip
 
 

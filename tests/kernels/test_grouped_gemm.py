@@ -30,7 +30,8 @@ SIZES = [
 ]  # fmt: skip
 
 # launches that use descriptors, by table
-TMA = {"many": dict(TMA=True, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, GROUP=2, num_warps=4, num_stages=2)}
+TILE = dict(TMA=True, BLOCK_M=64, BLOCK_N=64, GROUP=2, num_warps=4, num_stages=2)
+TMA = {"many": dict(TILE, BLOCK_K=32), "outer": dict(TILE, BLOCK_T=32)}
 
 
 @pytest.fixture(params=["torch", "triton", "descriptors"])
@@ -204,18 +205,23 @@ HALF = torch.empty(64, 64, dtype=torch.float16)
     ids=["whole", "columns", "base off 16 bytes", "transposed", "one row", "steps", "pitch off 16 bytes", "empty"],
 )  # fmt: skip
 def test_descriptors_stand_for_what_they_can(x: Tensor, as_rows: bool, as_weights: bool) -> None:
-    """By sm_90's shipped table: rows, but not tokens', and weights as they are stored or their transpose."""
+    """By sm_90's shipped table: rows, but not tokens', and weights as they are stored or their transpose; gradients."""
     token, offsets = torch.empty(64, dtype=torch.int64), torch.empty(4, dtype=torch.int32)
     weights = x.new_empty(3, 64, x.shape[1])
     calls: list[Callable[[], Tensor]] = [
         lambda: room.grouped_mm(x, weights, offsets), lambda: room.grouped_mm(x, weights, offsets, token),
         lambda: room.grouped_mm(HALF[:, : x.shape[1]], x[None], offsets[:2]),
-        lambda: room.grouped_mm(HALF, x.T[None], offsets[:2]),
+        lambda: room.grouped_mm(HALF, x.T[None], offsets[:2]), lambda: room.grouped_outer(x, HALF, offsets),
+        lambda: room.grouped_outer(HALF, x, offsets, token), lambda: room.grouped_outer(HALF, x, offsets, None, token),
     ]  # fmt: skip
-    rows, tokens, stored, turned = (launch.kwargs for launch in record([("", call) for call in calls], "sm_90"))
+    found = (launch.kwargs for launch in record([("", call) for call in calls], "sm_90"))
+    rows, tokens, stored, turned, outer, outer_of_tokens, outer_with_tokens = found
     assert rows["X_TMA"] == as_rows and not tokens["X_TMA"]
     assert stored["W_TMA"] == turned["W_TMA"] == as_weights
     assert not as_weights or stored["TURNED"] != turned["TURNED"]
+    assert outer["A_TMA"] == outer_of_tokens["B_TMA"] == as_rows
+    assert not outer_of_tokens["A_TMA"] and not outer_with_tokens["B_TMA"]
+    assert not as_rows or (outer["B_TMA"] and outer_with_tokens["A_TMA"])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
