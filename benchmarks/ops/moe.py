@@ -156,17 +156,11 @@ def tuning() -> dict[str, Tuning]:
     def rows(width: int) -> int:
         return max(256, 2**24 // width)  # more than any L2 holds together with the output
 
-    def activate(shape: Mapping[str, int]) -> Run:
-        width = shape["N"]
-        gate_up = normal(rows(width), 2 * width, device=device, dtype=DTYPE)
-        weight = normal(rows(width), 1, device=device, dtype=DTYPE)
-        return lambda: room._triton_activate(gate_up, weight)
-
     def activate_backward(shape: Mapping[str, int]) -> Run:
         width = shape["N"]
         gate_up, dout = (normal(rows(width), n, device=device, dtype=DTYPE) for n in (2 * width, width))
-        weight = normal(rows(width), 1, device=device, dtype=DTYPE)
-        return lambda: room._triton_activate_backward(dout, gate_up, weight)
+        weight, pair = normal(rows(width), 1, device=device, dtype=DTYPE), torch.randperm(rows(width), device=device)
+        return lambda: room._triton_activate_backward(dout, gate_up, weight, pair)
 
     def combine(shape: Mapping[str, int]) -> Run:
         y = normal(rows(shape["N"]) // TOP_K * TOP_K, shape["N"], device=device, dtype=DTYPE)
@@ -178,7 +172,6 @@ def tuning() -> dict[str, Tuning]:
         return [c for c in grid if c["BLOCK_N"] < 2 * shape["N"] and 512 <= c["ROWS"] * c["BLOCK_N"] <= 8192]
 
     return {
-        "activate": Tuning(activate, candidates),
         "activate_backward": Tuning(activate_backward, candidates),
         "combine": Tuning(combine, candidates),
     }
@@ -189,7 +182,7 @@ def launches(arch: str, every: bool) -> list[tuple[str, Callable[[], Any]]]:
     tables."""
     widths = {(7168, 2048)}
     if every:
-        for kernel in ("activate", "activate_backward", "combine"):
+        for kernel in ("activate_backward", "combine"):
             widths |= {(w, w) for w in (entry["shape"]["N"] for entry in _launch.entries("moe", kernel, arch))}
 
     def both(width: int, inner: int) -> None:
@@ -200,10 +193,17 @@ def launches(arch: str, every: bool) -> list[tuple[str, Callable[[], Any]]]:
         w_down = torch.empty(EXPERTS, width, inner, dtype=DTYPE).requires_grad_()
         moe_experts(x, ids, weight, w_gate_up, w_down).backward(torch.empty(128, width, dtype=DTYPE))
 
-    return [
-        (f"D={width} F={inner}", lambda width=width, inner=inner: both(width, inner))  # type: ignore[misc]
-        for width, inner in sorted(widths, reverse=True)
-    ]
+    def forward(width: int, inner: int, tokens: int) -> None:
+        x, weight, ids = torch.empty(tokens, width, dtype=DTYPE), torch.empty(tokens, TOP_K), torch.zeros(tokens, TOP_K)
+        w_gate_up, w_down = (torch.empty(EXPERTS, *size, dtype=DTYPE) for size in ((2 * inner, width), (width, inner)))
+        moe_experts(x, ids.long(), weight, w_gate_up, w_down)
+
+    found = []
+    for size in sorted(widths, reverse=True):
+        label = "D={} F={}".format(*size)
+        found.append((label, functools.partial(both, *size)))
+        found += [(f"{label} tokens={t} without gradients", functools.partial(forward, *size, t)) for t in (8, 8192)]
+    return found
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ from . import _launch
 from ._checks import check_float, check_shape, compute_dtype
 from ._launch import tl, triton
 from ._operator import operator
+from .swiglu import swiglu_values
 
 if _launch.HAS_TRITON:
     from triton.tools.ragged_tma import create_ragged_descriptor, load_ragged
@@ -85,19 +86,46 @@ def segment_at(row, offsets_ptr, E, T, EXPERTS: tl.constexpr):
 
 
 @triton.jit
+def _columns(block, N, BLOCK_N: tl.constexpr, SWIGLU: tl.constexpr):
+    """Columns of a block of BLOCK_N, and which exist; for SwiGLU half of them gate's, and behind these up's to them."""
+    place = tl.arange(0, BLOCK_N)
+    if SWIGLU:
+        inner = block * (BLOCK_N // 2) + place % (BLOCK_N // 2)
+        return inner + place // (BLOCK_N // 2) * (N // 2), inner < N // 2
+    cols = block * BLOCK_N + place
+    return cols, cols < N
+
+
+@triton.jit
+def _activate(gate, up, rows, cols, end, N, y_ptr, weight_ptr, pair_ptr, out_ptr, KEEP: tl.constexpr):
+    """Stores out [T, N / 2] = silu(gate) * up * weight[pair], and if KEEP gate and up to y [T, N]."""
+    at, inner, mask = rows.to(tl.int64), N // 2, (rows < end) & (cols < N // 2)
+    pair = tl.load(pair_ptr + rows, mask=rows < end, other=0)
+    weight = tl.load(weight_ptr + pair, mask=rows < end, other=0.0).to(tl.float32)
+    out = swiglu_values(gate, up) * weight
+    tl.store(out_ptr + at * inner + cols, out.to(out_ptr.dtype.element_ty), mask=mask)
+    if KEEP:
+        tl.store(y_ptr + at * N + cols, gate.to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(y_ptr + at * N + inner + cols, up.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _grouped_gemm_kernel(
-    x, token_ptr, w, offsets_ptr, y_ptr, T, E, N, K, x_row, x_col, w_expert, w_row, w_col,
-    X_TMA: tl.constexpr, W_TMA: tl.constexpr, TURNED: tl.constexpr, GATHERED: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EXPERTS: tl.constexpr, EVEN_K: tl.constexpr,
+    x, token_ptr, w, offsets_ptr, y_ptr, weight_ptr, pair_ptr, out_ptr, T, E, N, K, x_row, x_col, w_expert, w_row,
+    w_col, X_TMA: tl.constexpr, W_TMA: tl.constexpr, TURNED: tl.constexpr, GATHERED: tl.constexpr, SWIGLU: tl.constexpr,
+    KEEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    EXPERTS: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of y [T, N] contiguous a program, of row token[t] of x where GATHERED, else of row t; EXPERTS: a power
     of two above E; E itself stands for "no expert". X_TMA: x is a descriptor; rows past the segment's end are another's
-    then, which changes nothing that is stored. W_TMA: w is one, of [E, N, K], where TURNED of [E, K, N]."""
+    then, which changes nothing that is stored. W_TMA: w is one, of [E, N, K], where TURNED of [E, K, N], for SWIGLU of
+    [E, 2, N / 2, K]. SWIGLU: `_activate` instead of y alone."""
     tile, column = _tile(tl.program_id(0), T // BLOCK_M + E + 1, tl.cdiv(N, BLOCK_N), GROUP)
     expert, row, end = segment_of(tile, offsets_ptr, E, T, BLOCK_M, EXPERTS)
     if row < end:
         rows = (row + tl.arange(0, BLOCK_M))[:, None]
-        cols = (column * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+        cols, real = _columns(column, N, BLOCK_N, SWIGLU)
+        cols, real = cols[None, :], real[None, :]
         depth = tl.arange(0, BLOCK_K)
         if not X_TMA:
             source = tl.load(token_ptr + rows, mask=rows < end, other=0) if GATHERED else rows.to(tl.int64)
@@ -113,48 +141,58 @@ def _grouped_gemm_kernel(
                 left = tl.load(x_ptrs, mask=x_mask, other=0.0)
                 x_ptrs += BLOCK_K * x_col
             if not W_TMA:
-                w_mask = cols < N if EVEN_K else (cols < N) & (depth[:, None] < K - k)
+                w_mask = real if EVEN_K else real & (depth[:, None] < K - k)
                 right = tl.load(w_ptrs, mask=w_mask, other=0.0)
                 w_ptrs += BLOCK_K * w_col
+            elif SWIGLU:
+                right = w.load([expert, 0, column * (BLOCK_N // 2), k]).reshape(BLOCK_N, BLOCK_K).T
             elif TURNED:
                 right = w.load([expert, k, column * BLOCK_N]).reshape(BLOCK_K, BLOCK_N)
             else:
                 right = w.load([expert, column * BLOCK_N, k]).reshape(BLOCK_N, BLOCK_K).T
             acc = tl.dot(left, right, acc, input_precision="ieee")
-        mask = (rows < end) & (cols < N)
-        tl.store(y_ptr + rows.to(tl.int64) * N + cols, acc.to(y_ptr.dtype.element_ty), mask=mask)
+        if SWIGLU:
+            gate, up = tl.split(acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1))
+            inner = (column * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2))[None, :]
+            _activate(gate, up, rows, inner, end, N, y_ptr, weight_ptr, pair_ptr, out_ptr, KEEP)
+        else:
+            out = acc.to(y_ptr.dtype.element_ty)
+            tl.store(y_ptr + rows.to(tl.int64) * N + cols, out, mask=(rows < end) & real)
 
 
 @triton.jit
 def _grouped_gemm_small_kernel(
-    x_ptr, token_ptr, w_ptr, offsets_ptr, y_ptr, T, E, N, K, x_row, x_col, w_expert, w_row, w_col,
-    GATHERED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EXPERTS: tl.constexpr,
-    EVEN_K: tl.constexpr,
+    x_ptr, token_ptr, w_ptr, offsets_ptr, y_ptr, weight_ptr, pair_ptr, out_ptr, T, E, N, K, x_row, x_col, w_expert,
+    w_row, w_col, GATHERED: tl.constexpr, SWIGLU: tl.constexpr, KEEP: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EXPERTS: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """T <= BLOCK_M: the whole segment that begins at row program_id(1), BLOCK_N columns of it, as its transpose."""
     start = tl.program_id(1)
     expert, end = segment_at(start, offsets_ptr, E, T, EXPERTS)
     if start < end:
         rows = (start + tl.arange(0, BLOCK_M))[None, :]
-        cols = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
+        cols, real = _columns(tl.program_id(0), N, BLOCK_N, SWIGLU)
+        cols, real = cols[:, None], real[:, None]
         depth = tl.arange(0, BLOCK_K)
         source = tl.load(token_ptr + rows, mask=rows < end, other=0) if GATHERED else rows.to(tl.int64)
         x_ptrs = x_ptr + source * x_row + depth[:, None] * x_col
         w_ptrs = w_ptr + expert.to(tl.int64) * w_expert + cols.to(tl.int64) * w_row + depth[None, :] * w_col
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for k in tl.range(0, tl.where(expert < E, K, 0), BLOCK_K):
-            x_mask = rows < end
-            w_mask = cols < N
-            if not EVEN_K:
-                x_mask &= depth[:, None] < K - k
-                w_mask &= depth[None, :] < K - k
+            x_mask = rows < end if EVEN_K else (rows < end) & (depth[:, None] < K - k)
+            w_mask = real if EVEN_K else real & (depth[None, :] < K - k)
             w = tl.load(w_ptrs, mask=w_mask, other=0.0)
             x = tl.load(x_ptrs, mask=x_mask, other=0.0)
             acc = tl.dot(w, x, acc, input_precision="ieee")
             x_ptrs += BLOCK_K * x_col
             w_ptrs += BLOCK_K * w_col
-        mask = (rows < end) & (cols < N)
-        tl.store(y_ptr + rows.to(tl.int64) * N + cols, acc.to(y_ptr.dtype.element_ty), mask=mask)
+        if SWIGLU:
+            gate, up = tl.split(acc.reshape(2, BLOCK_N // 2, BLOCK_M).permute(1, 2, 0))
+            inner = (tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2))[:, None]
+            _activate(gate, up, rows, inner, end, N, y_ptr, weight_ptr, pair_ptr, out_ptr, KEEP)
+        else:
+            out = acc.to(y_ptr.dtype.element_ty)
+            tl.store(y_ptr + rows.to(tl.int64) * N + cols, out, mask=(rows < end) & real)
 
 
 @triton.jit
@@ -220,8 +258,12 @@ def _describable(x: Tensor) -> bool:
     return x.numel() > 0 and inner == 1 and whole and x.data_ptr() % 16 == 0
 
 
-def _triton_mm(x: Tensor, token: Tensor | None, w: Tensor, offsets: Tensor, out: Tensor) -> None:
-    rows, (experts, width, depth) = out.shape[0], w.shape
+def _triton_mm(
+    x: Tensor, token: Tensor | None, w: Tensor, offsets: Tensor, y: Tensor,
+    swiglu: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> None:  # fmt: skip
+    """`swiglu`: weights, the rows' pairs, and where activated rows go; only then y may have no rows."""
+    rows, (experts, width, depth) = len(x if token is None else token), w.shape
     small = rows <= SMALL
     config = dict(_config("small", x, w) if small else _config("many", x, w, rows=rows // max(1, experts)))
     tma = config.pop("TMA", False)
@@ -233,6 +275,8 @@ def _triton_mm(x: Tensor, token: Tensor | None, w: Tensor, offsets: Tensor, out:
     if not small:
         turned = w.stride(2) != 1
         stored, block = (w.transpose(1, 2), [1, k, n]) if turned else (w, [1, n, k])
+        if swiglu:
+            stored, block = w.unflatten(1, (2, -1)), [1, 2, n // 2, k]
         x_tma, w_tma = tma and token is None and _describable(x), tma and _describable(stored)
         x = TensorDescriptor.from_tensor(x, [m, k]) if x_tma else x
         w = TensorDescriptor.from_tensor(stored, block) if w_tma else w
@@ -240,8 +284,8 @@ def _triton_mm(x: Tensor, token: Tensor | None, w: Tensor, offsets: Tensor, out:
     _launch.launch(
         _grouped_gemm_small_kernel if small else _grouped_gemm_kernel,
         (columns, rows) if small else ((rows // m + experts + 1) * columns,),
-        x, offsets if token is None else token, w, offsets, out, rows, experts, width, depth, *pitches,
-        EVEN_K=depth % k == 0, **meta,
+        x, offsets if token is None else token, w, offsets, y, *(swiglu or (y, y, y)), rows, experts, width, depth,
+        *pitches, SWIGLU=swiglu is not None, KEEP=len(y) == rows, EVEN_K=depth % k == 0, **meta,
     )  # fmt: skip
 
 
@@ -290,6 +334,18 @@ def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor, token: Tensor | None = Non
     else:
         _torch_mm(x if token is None else x.index_select(0, token), w, offsets, out)
     return out
+
+
+def grouped_swiglu(
+    x: Tensor, w: Tensor, offsets: Tensor, token: Tensor, weight: Tensor, pair: Tensor, keep: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """By a kernel alone: silu(gate) * up * weight[pair] [T, F] of gate and up, the halves of the product with w
+    [E, 2F, K], and that product [T, 2F], no rows of it unless `keep`. Arguments as `grouped_mm`'s; weight of T numbers,
+    pair int64 [T]."""
+    y = x.new_empty(len(token) if keep else 0, w.shape[1])
+    out = x.new_empty(len(token), w.shape[1] // 2)
+    _triton_mm(x, token, w, offsets, y, (weight.contiguous(), pair, out))
+    return out, y
 
 
 def grouped_outer(

@@ -26,7 +26,7 @@ from ._operator import operator
 from .fp8_quant import ScaleFormat, quantize_tiles
 from .grouped_fp8_gemm import grouped_fp8_gemm, grouped_fp8_gemm_wgrad, quantize_segments_transposed
 from .grouped_fp8_linear import empty_experts, quantize_experts
-from .grouped_gemm import grouped_mm, grouped_outer
+from .grouped_gemm import grouped_mm, grouped_outer, grouped_swiglu
 from .moe_plan import MoePlan, check_ids, plan_pairs
 from .swiglu import swiglu_gradients, swiglu_values
 from .swiglu_quant import swiglu_quant
@@ -50,22 +50,6 @@ def moe_experts_reference(
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _activate_kernel(
-    gate_up_ptr, weight_ptr, pair_ptr, out_ptr, M, N, ROWS: tl.constexpr, BLOCK_N: tl.constexpr
-):  # fmt: skip
-    """out [M, N] = swiglu(gate_up [M, 2N]) * weight[pair [M]]; all columns of ROWS rows a program."""
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    pair = tl.load(pair_ptr + rows, mask=rows < M, other=0)
-    weight = tl.load(weight_ptr + pair, mask=rows < M, other=0.0).to(tl.float32)
-    for start in tl.range(0, N, BLOCK_N):
-        cols = start + tl.arange(0, BLOCK_N)[None, :]
-        mask = (rows < M) & (cols < N)
-        gate = tl.load(gate_up_ptr + rows * (2 * N) + cols, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(gate_up_ptr + rows * (2 * N) + N + cols, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out_ptr + rows * N + cols, (swiglu_values(gate, up) * weight).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -117,15 +101,6 @@ def _combine_kernel(
 
 
 # --- launchers --------------------------------------------------------------------------------------------------------
-
-
-def _triton_activate(gate_up: Tensor, weight: Tensor, pair: Tensor) -> Tensor:
-    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out = gate_up.new_empty(rows, width)
-    config = _launch.config("moe", "activate", _launch.arch(gate_up), N=width)
-    grid = (triton.cdiv(rows, config["ROWS"]),)
-    _launch.launch(_activate_kernel, grid, gate_up, weight.contiguous(), pair, out, rows, width, **config)
-    return out
 
 
 def _triton_activate_backward(
@@ -277,9 +252,9 @@ def _combine(y: Tensor, place: Tensor, top_k: int, weight: Tensor | None = None)
 def _triton_fwd(
     x: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, plan: MoePlan, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """-> out [T, D], gate_up [T * k, 2F]."""
-    gate_up = grouped_mm(x, w_gate_up, plan.offsets, plan.token)
-    y = grouped_mm(_triton_activate(gate_up, topk_weight, plan.pair), w_down, plan.offsets)
+    """-> out [T, D], gate_up [T * k, 2F], or no rows of it unless `keep`."""
+    scaled, gate_up = grouped_swiglu(x, w_gate_up, plan.offsets, plan.token, topk_weight, plan.pair, keep)
+    y = grouped_mm(scaled, w_down, plan.offsets)
     return _triton_combine(y, plan.place, topk_weight.shape[1], None), gate_up
 
 
