@@ -72,10 +72,10 @@ def _widen(codes):
 
 @triton.jit
 def _load(x, start, k, rows, width, stride, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr):
-    """Codes [BLOCK, BLOCK_K] from row `start` and column `k` on, zeros outside of [rows, width]. x: a descriptor for
-    TMA, else a pointer to rows `stride` apart."""
+    """Codes [BLOCK, BLOCK_K] from row `start` and column `k` on, zeros outside of [rows, width]. x: a pointer to rows
+    `stride` apart, for TMA a descriptor, whose own bounds count instead, and its row and column to count from."""
     if TMA:
-        return x.load([start, k])
+        return x[0].load([x[1] + start, x[2] + k])
     else:
         row = start + tl.arange(0, BLOCK)[:, None]
         col = k + tl.arange(0, BLOCK_K)[None, :]
@@ -176,7 +176,7 @@ def _fp8_gemm_tma_kernel(
     """A program a tile, x and y descriptors of [BLOCK_P, BLOCK_K] and [BLOCK_Q, BLOCK_K] codes."""
     p, q = _origin(tl.program_id(0), P, Q, BLOCK_P, BLOCK_Q, STRIPE)
     _tile(
-        x, xs, y, ys, out, p, q, P, Q, K, 0, xs_stride, xs_k_stride, 0, ys_stride, ys_k_stride,
+        (x, 0, 0), xs, (y, 0, 0), ys, out, p, q, P, Q, K, 0, xs_stride, xs_k_stride, 0, ys_stride, ys_k_stride,
         p_stride, q_stride, X_BLOCKS, Y_BLOCKS, False, ADD, True, STAGES, BLOCK_P, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
 

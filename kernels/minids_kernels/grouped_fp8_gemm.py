@@ -8,8 +8,8 @@ offsets int32 [E + 1] on the device: expert e owns rows offsets[e] to offsets[e 
 Rows from offsets[E] on belong to no expert: their result is zero. No count leaves the device, and grids depend on T and
 E alone, so that a CUDA graph captured once serves any routing. Tiles are numbered as in `grouped_gemm`; up to SMALL
 rows (decoding) each hit expert's weights are read once, as the operand that tensor cores want 64 rows of. A tile's
-products are summed, scaled and promoted to fp32 every 128 numbers by `fp8_gemm`'s code; chips without e4m3 (sm_80,
-sm_86) widen codes in registers.
+products are summed, scaled and promoted to fp32 every 128 numbers by `fp8_gemm`'s code, codes fetched by tensor
+descriptors where the launch table says TMA; chips without e4m3 (sm_80, sm_86) widen codes in registers.
 
 The weight gradient multiplies along rows, where a tile of 128 must not hold rows of two experts. So tiles begin at
 each segment's own first row: `quantize_segments_transposed` numbers them like the product's, expert e's from
@@ -22,6 +22,8 @@ Test: tests/kernels/test_grouped_fp8_gemm.py. Benchmark: benchmarks/ops/grouped_
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +45,10 @@ from .fp8_gemm import (
     _values,
 )
 from .fp8_quant import encode_e4m3, quantize_tiles_transposed, quantize_tiles_transposed_reference, scales_of
-from .grouped_gemm import SMALL, segment_at, segment_of
+from .grouped_gemm import SMALL, _describable, segment_at, segment_of
+
+if _launch.HAS_TRITON:
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
 __all__ = [
     "grouped_fp8_gemm",
@@ -102,62 +107,70 @@ def _columns(offsets: Tensor) -> list[tuple[int, int]]:
 @triton.jit
 def _grouped_fp8_gemm_kernel(
     a, a_scale, b, b_scale, offsets, out, T, E, N, K,
-    a_stride, as_stride, as_k_stride, b_expert, b_stride, bs_expert, bs_stride, bs_k_stride,
-    WIDE: tl.constexpr, EXPERTS: tl.constexpr, STRIPE: tl.constexpr, STAGES: tl.constexpr,
+    a_stride, as_stride, as_k_stride, b_stride, bs_expert, bs_stride, bs_k_stride,
+    WIDE: tl.constexpr, TMA: tl.constexpr, EXPERTS: tl.constexpr, STRIPE: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of out [T, N] contiguous a program. EXPERTS: a power of two above E; E itself stands for "no expert"."""
+    """One tile of out [T, N] contiguous a program. EXPERTS: a power of two above E; E itself stands for "no expert".
+    b [E * N, K]; TMA: a and b are descriptors. Rows past the segment's end, or past N, are another's then, which
+    changes nothing that is stored."""
     number, column = _origin(tl.program_id(0), T // BLOCK_P + E + 1, N, 1, BLOCK_Q, STRIPE)
     expert, row, end = segment_of(number, offsets, E, T, BLOCK_P, EXPERTS)
     if row < end:
-        weights = b + expert.to(tl.int64) * b_expert
+        rows = (a, 0, 0) if TMA else a
+        weights = (b, expert * N, 0) if TMA else b + expert.to(tl.int64) * N * b_stride
         scales = b_scale + expert.to(tl.int64) * bs_expert
         depth = tl.where(expert < E, K, 0)
         _tile(
-            a, a_scale, weights, scales, out, row, column, end, N, depth,
+            rows, a_scale, weights, scales, out, row, column, end, N, depth,
             a_stride, as_stride, as_k_stride, b_stride, bs_stride, bs_k_stride, N, 1,
-            False, True, WIDE, False, False, STAGES, BLOCK_P, BLOCK_Q, BLOCK_K,
+            False, True, WIDE, False, TMA, STAGES, BLOCK_P, BLOCK_Q, BLOCK_K,
         )  # fmt: skip
 
 
 @triton.jit
 def _grouped_fp8_gemm_masked_kernel(
     a, a_scale, b, b_scale, counts, out, M, N, K,
-    a_stride, as_stride, as_k_stride, b_expert, b_stride, bs_expert, bs_stride, bs_k_stride,
-    WIDE: tl.constexpr, STRIPE: tl.constexpr, STAGES: tl.constexpr,
+    a_stride, as_stride, as_k_stride, b_stride, bs_expert, bs_stride, bs_k_stride,
+    WIDE: tl.constexpr, TMA: tl.constexpr, STRIPE: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of out [E * M, N] contiguous a program, of expert program_id(1), whose rows begin at M times it."""
+    """One tile of out [E * M, N] contiguous a program, of expert program_id(1), whose rows begin at M times it. b and
+    TMA as in `_grouped_fp8_gemm_kernel`."""
     expert = tl.program_id(1)
     p, q = _origin(tl.program_id(0), M, N, BLOCK_P, BLOCK_Q, STRIPE)
     count = tl.minimum(tl.load(counts + expert), M)
     if p < count:
+        rows = (a, 0, 0) if TMA else a
+        weights = (b, expert * N, 0) if TMA else b + expert.to(tl.int64) * N * b_stride
+        scales = b_scale + expert.to(tl.int64) * bs_expert
         _tile(
-            a, a_scale, b + expert.to(tl.int64) * b_expert, b_scale + expert.to(tl.int64) * bs_expert,
-            out, expert * M + p, q, expert * M + count, N, K,
+            rows, a_scale, weights, scales, out, expert * M + p, q, expert * M + count, N, K,
             a_stride, as_stride, as_k_stride, b_stride, bs_stride, bs_k_stride, N, 1,
-            False, True, WIDE, False, False, STAGES, BLOCK_P, BLOCK_Q, BLOCK_K,
+            False, True, WIDE, False, TMA, STAGES, BLOCK_P, BLOCK_Q, BLOCK_K,
         )  # fmt: skip
 
 
 @triton.jit
 def _grouped_fp8_gemm_small_kernel(
     a, a_scale, b, b_scale, offsets, out, T, E, N, K,
-    a_stride, as_stride, as_k_stride, b_expert, b_stride, bs_expert, bs_stride, bs_k_stride,
-    WIDE: tl.constexpr, EXPERTS: tl.constexpr, STAGES: tl.constexpr,
+    a_stride, as_stride, as_k_stride, b_stride, bs_expert, bs_stride, bs_k_stride,
+    WIDE: tl.constexpr, TMA: tl.constexpr, EXPERTS: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """T <= BLOCK_Q: the whole segment that begins at row program_id(1), BLOCK_P columns of it, as its transpose."""
+    """T <= BLOCK_Q: the whole segment that begins at row program_id(1), BLOCK_P columns of it, as its transpose. b and
+    TMA as in `_grouped_fp8_gemm_kernel`."""
     row = tl.program_id(1)
     expert, end = segment_at(row, offsets, E, T, EXPERTS)
     if row < end:
-        weights = b + expert.to(tl.int64) * b_expert
+        rows = (a, 0, 0) if TMA else a
+        weights = (b, expert * N, 0) if TMA else b + expert.to(tl.int64) * N * b_stride
         scales = b_scale + expert.to(tl.int64) * bs_expert
         depth = tl.where(expert < E, K, 0)
         _tile(
-            weights, scales, a, a_scale, out, tl.program_id(0) * BLOCK_P, row, N, end, depth,
+            weights, scales, rows, a_scale, out, tl.program_id(0) * BLOCK_P, row, N, end, depth,
             b_stride, bs_stride, bs_k_stride, a_stride, as_stride, as_k_stride, 1, N,
-            True, False, WIDE, False, False, STAGES, BLOCK_P, BLOCK_Q, BLOCK_K,
+            True, False, WIDE, False, TMA, STAGES, BLOCK_P, BLOCK_Q, BLOCK_K,
         )  # fmt: skip
 
 
@@ -165,21 +178,25 @@ def _grouped_fp8_gemm_small_kernel(
 def _grouped_fp8_gemm_wgrad_kernel(
     a, a_scale, b, b_scale, offsets, out, N, K,
     a_stride, as_stride, as_k_stride, b_stride, bs_stride, bs_k_stride, out_expert, p_stride, q_stride,
-    WIDE: tl.constexpr, ADD: tl.constexpr, STRIPE: tl.constexpr, STAGES: tl.constexpr,
+    WIDE: tl.constexpr, TMA: tl.constexpr, ADD: tl.constexpr, STRIPE: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of out [E, N, K] a program, which walks through its expert's tiles of tokens."""
+    """One tile of out [E, N, K] a program, which walks through its expert's tiles of tokens. TMA: a and b are
+    descriptors."""
     tiles = tl.cdiv(N, BLOCK_P) * tl.cdiv(K, BLOCK_Q)
     expert = tl.program_id(0) // tiles
     p, q = _origin(tl.program_id(0) % tiles, N, K, BLOCK_P, BLOCK_Q, STRIPE)
     start = tl.load(offsets + expert)
-    group = (start // 128 + expert).to(tl.int64)
+    first = start // 128 + expert
+    group = first.to(tl.int64)
     tokens = tl.cdiv(tl.load(offsets + expert + 1) - start, 128) * 128
+    left = (a, 0, first * 128) if TMA else a + group * 128
+    right = (b, 0, first * 128) if TMA else b + group * 128
     _tile(
-        a + group * 128, a_scale + group * as_k_stride, b + group * 128, b_scale + group * bs_k_stride,
+        left, a_scale + group * as_k_stride, right, b_scale + group * bs_k_stride,
         out + expert.to(tl.int64) * out_expert, p, q, N, K, tokens,
         a_stride, as_stride, as_k_stride, b_stride, bs_stride, bs_k_stride, p_stride, q_stride,
-        False, False, WIDE, ADD, False, STAGES, BLOCK_P, BLOCK_Q, BLOCK_K,
+        False, False, WIDE, ADD, TMA, STAGES, BLOCK_P, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
 
 
@@ -207,14 +224,27 @@ def _quantize_segments_kernel(
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 
+def _fetched(
+    a: Tensor, b: Tensor, config: Mapping[str, Any], blocks: tuple[str, str]
+) -> tuple[Any, Any, dict[str, Any]]:
+    """`_aligned` codes a and b as a kernel takes them, and what it is to know: descriptors of tiles of `blocks` rows
+    where the launch table says so, else pointers, to uint8 for chips without e4m3."""
+    wide, tma = _generation(a) < 89, config.get("TMA", False) and _describable(a) and _describable(b)
+    if wide:
+        a, b = a.view(torch.uint8), b.view(torch.uint8)
+    x, y = (
+        TensorDescriptor.from_tensor(codes, [config[block], config["BLOCK_K"]]) if tma else codes
+        for codes, block in zip((a, b), blocks, strict=True)
+    )
+    return x, y, {**config, "WIDE": wide, "TMA": tma}
+
+
 def _triton_gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor, out: Tensor) -> None:
     if out.numel() == 0:
         return
     (rows, width), (experts, cols, _) = a.shape, b.shape
-    arch, wide, small = _launch.arch(a), _generation(a) < 89, rows <= SMALL
-    a, b = _aligned(a), _aligned(b.reshape(experts * cols, width)).unflatten(0, (experts, cols))
-    if wide:
-        a, b = a.view(torch.uint8), b.view(torch.uint8)
+    arch, small = _launch.arch(a), rows <= SMALL
+    a, b = _aligned(a), _aligned(b.reshape(experts * cols, width))
     if small:
         config = _launch.config("grouped_fp8_gemm", "small", arch)
         config = config | {"BLOCK_Q": max(config["BLOCK_Q"], triton.next_power_of_2(rows))}
@@ -222,11 +252,12 @@ def _triton_gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets
     else:
         config = _launch.config("grouped_fp8_gemm", "many", arch, rows=rows // max(1, experts))
         grid = ((rows // config["BLOCK_P"] + experts + 1) * triton.cdiv(cols, config["BLOCK_Q"]),)
+    x, y, meta = _fetched(a, b, config, ("BLOCK_Q", "BLOCK_P") if small else ("BLOCK_P", "BLOCK_Q"))
     _launch.launch(
         _grouped_fp8_gemm_small_kernel if small else _grouped_fp8_gemm_kernel, grid,
-        a, a_scale, b, b_scale, offsets, out, rows, experts, cols, a.shape[1],
-        a.stride(0), *a_scale.stride(), *b.stride()[:2], *b_scale.stride(),
-        WIDE=wide, EXPERTS=triton.next_power_of_2(experts + 1), **config,
+        x, a_scale, y, b_scale, offsets, out, rows, experts, cols, a.shape[1],
+        a.stride(0), *a_scale.stride(), b.stride(0), *b_scale.stride(),
+        EXPERTS=triton.next_power_of_2(experts + 1), **meta,
     )  # fmt: skip
 
 
@@ -237,17 +268,14 @@ def _triton_masked(
     if out.numel() == 0:
         return
     a, b = (_aligned(x.reshape(-1, width)) for x in (a, b))
-    b = b.unflatten(0, (experts, cols))
     a_scale = a_scale.reshape(experts * rows, -1)
-    wide = _generation(a) < 89
-    if wide:
-        a, b = a.view(torch.uint8), b.view(torch.uint8)
     config = _launch.config("grouped_fp8_gemm", "many", _launch.arch(a), rows=expected)
+    x, y, meta = _fetched(a, b, config, ("BLOCK_P", "BLOCK_Q"))
     _launch.launch(
         _grouped_fp8_gemm_masked_kernel,
         (triton.cdiv(rows, config["BLOCK_P"]) * triton.cdiv(cols, config["BLOCK_Q"]), experts),
-        a, a_scale, b, b_scale, counts, out, rows, cols, a.shape[1],
-        a.stride(0), *a_scale.stride(), *b.stride()[:2], *b_scale.stride(), WIDE=wide, **config,
+        x, a_scale, y, b_scale, counts, out, rows, cols, a.shape[1],
+        a.stride(0), *a_scale.stride(), b.stride(0), *b_scale.stride(), **meta,
     )  # fmt: skip
 
 
@@ -258,16 +286,14 @@ def _triton_wgrad(
     if out.numel() == 0:
         return
     experts, rows, cols = out.shape
-    a, b, wide = _aligned(a), _aligned(b), _generation(a) < 89
-    if wide:
-        a, b = a.view(torch.uint8), b.view(torch.uint8)
+    a, b = _aligned(a), _aligned(b)
     config = _launch.config("grouped_fp8_gemm", "wgrad", _launch.arch(a))
     tiles = triton.cdiv(rows, config["BLOCK_P"]) * triton.cdiv(cols, config["BLOCK_Q"])
+    x, y, meta = _fetched(a, b, config, ("BLOCK_P", "BLOCK_Q"))
     _launch.launch(
         _grouped_fp8_gemm_wgrad_kernel, (experts * tiles,),
-        a, a_scale, b, b_scale, offsets, out, rows, cols,
-        a.stride(0), *a_scale.stride(), b.stride(0), *b_scale.stride(), *out.stride(),
-        WIDE=wide, ADD=add, **config,
+        x, a_scale, y, b_scale, offsets, out, rows, cols,
+        a.stride(0), *a_scale.stride(), b.stride(0), *b_scale.stride(), *out.stride(), ADD=add, **meta,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import importlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -46,27 +47,32 @@ SIZES = [
     ([40, 0, 65], 0, 33, 130), ([0, 33], 70, 16, 64), ([130, 128, 0, 1], 9, 12, 20),
 ]  # fmt: skip
 
-# the tiles of chips without e4m3 and of one with, small for the interpreter
+# by name: the oldest chip, and its tiles, small for the interpreter; chips with e4m3 do not widen codes
 TILE = dict(BLOCK_P=64, BLOCK_Q=64, num_warps=4, STAGES=2)
 WAYS = {
     "widened": ("sm_80", dict(TILE, BLOCK_K=64)),
     "e4m3": ("sm_89", dict(TILE, BLOCK_K=128)),
+    "descriptors": ("sm_90", dict(TILE, TMA=True, BLOCK_K=128)),
 }
 
 
 @pytest.fixture(params=["torch", *WAYS])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The PyTorch path, then kernels with codes widened and not. On a GPU, those of its own chip."""
+    """The PyTorch path, then kernels with codes widened and not, and fetched by descriptors. On a GPU, those of its own
+    chip."""
     name = str(request.param)
     monkeypatch.setattr(_launch, "BACKEND", "torch" if name == "torch" else "triton")
     if name != "torch":
         arch, tile = WAYS[name]
-        if torch.cuda.is_available() and (_launch.arch(torch.empty(0, device="cuda")) < "sm_89") != (arch < "sm_89"):
-            pytest.skip(f"the machine's GPU is no {arch}")
+        if torch.cuda.is_available():
+            major, minor = torch.cuda.get_device_capability()
+            oldest, chip = int(arch[3:]), 10 * major + minor
+            if chip < oldest or oldest < 89 <= chip:
+                pytest.skip(f"the machine's GPU is no {arch}")
         monkeypatch.setattr(_launch, "arch", lambda x: arch)
         real = _launch.config
 
-        def config(room: str, kernel: str, arch: str, **shape: int) -> dict[str, int]:
+        def config(room: str, kernel: str, arch: str, **shape: int) -> dict[str, Any]:
             if room != "grouped_fp8_gemm" or kernel.startswith("quantize"):
                 return real(room, kernel, arch, **shape)
             return tile if kernel == "small" else tile | {"STRIPE": 2}
@@ -254,6 +260,43 @@ def test_segments_do_not_meet(counts: list[int], way: str, device: torch.device)
     mine[counts[0] : counts[0] + counts[1]] = False
     assert torch.equal(y[mine], y2[mine]) and not torch.equal(y, y2)
     assert torch.equal(grads[1][[0, 2]], grads2[1][[0, 2]]) and not torch.equal(grads[1][1], grads2[1][1])
+
+
+@pytest.mark.parametrize("counts", [[3, 9, 2], [20, 145, 6]], ids=["few rows", "many rows"])
+def test_nan_stays_where_it_is(counts: list[int], way: str, device: torch.device) -> None:
+    """What others hold, codes and scales, is multiplied with nothing of one's own."""
+    a, a_scale, b, b_scale, offsets = (t.to(device) for t in operands(counts, 4, 24, 140))
+    first, last = counts[0], counts[0] + counts[1]
+    want = grouped_fp8_gemm(a, a_scale, b, b_scale, offsets)
+    others = torch.ones(len(a), dtype=torch.bool, device=device)
+    others[first:last] = False
+    a.view(torch.uint8)[others], a_scale[others] = 0x7F, torch.nan
+    b.view(torch.uint8)[[0, 2]], b_scale[[0, 2]] = 0x7F, torch.nan
+    got = grouped_fp8_gemm(a, a_scale, b, b_scale, offsets)
+    assert torch.equal(got[first:last], want[first:last]) and got[:first].isnan().all()
+
+    *codes, offsets = (t.to(device) for t in segments(counts, 4, 24, 40))
+    want = grouped_fp8_gemm_wgrad(*codes, offsets)
+    group = first // 128 + 1
+    others = torch.ones(codes[1].shape[1], dtype=torch.bool, device=device)
+    others[group : group + (counts[1] + 127) // 128] = False
+    for values, scales in (codes[:2], codes[2:]):
+        values.view(torch.uint8)[:, others.repeat_interleave(128)], scales[:, others] = 0x7F, torch.nan
+    got = grouped_fp8_gemm_wgrad(*codes, offsets)
+    assert torch.equal(got[1], want[1]) and got[0].isnan().all()
+
+
+@pytest.mark.parametrize("experts", [2, 0])
+@pytest.mark.parametrize("steps", [1, 0], ids=["rows", "one row for all"])
+def test_descriptors_stand_for_what_they_can(steps: int, experts: int) -> None:
+    """By sm_90's shipped table; rows that do not lie at multiples of 16 bytes are copied first."""
+    rows = torch.zeros(40, 20, dtype=torch.uint8).view(E4M3) if steps else torch.zeros(1, 32).to(E4M3).expand(40, 32)
+    width = rows.shape[1]
+    weights, scales = torch.zeros(experts, 24, width).to(E4M3), torch.zeros(experts, 1, 1)
+    (launch,) = record(
+        [("", lambda: grouped_fp8_gemm(rows, torch.ones(40, 1), weights, scales, offsets_of([7] * experts)))], "sm_90"
+    )
+    assert launch.kwargs["TMA"] == (steps == 1 and experts > 0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
