@@ -18,7 +18,7 @@ from benchmarks.run import OPS
 CPU = torch.device("cpu")
 CONFIGS = Path(_launch.__file__).parent / "configs"
 OPTIONS = {"num_warps", "num_stages", "maxnreg"}
-VARIANTS = {"TMA", "SWAP", "PERSISTENT", "STAGES"}  # fp8_gemm's: which kernel is launched, and its pipeline
+VARIANTS = {"TMA", "SWAP", "PERSISTENT", "STAGES"}  # products': which kernel is launched, and its pipeline
 
 
 def module(op: str) -> Any:
@@ -46,7 +46,8 @@ def test_labels_of_cases_differ(op: str) -> None:
 
 @pytest.mark.parametrize("op", [op for op in OPS if (CONFIGS / f"{op}.json").is_file()])
 def test_candidates_are_configs_of_their_tables(op: str) -> None:
-    """A candidate sets the very arguments that the entry in use sets, but for options that have defaults."""
+    """A candidate sets the very arguments that the entry in use sets, but for options that have defaults. Where
+    descriptors are in use, pointers are tried beside them."""
     table = json.loads((CONFIGS / f"{op}.json").read_text())
     tuning = module(op).tuning()
     assert tuning and set(tuning) <= set(table)
@@ -58,6 +59,8 @@ def test_candidates_are_configs_of_their_tables(op: str) -> None:
             assert candidates, entry
             for candidate in candidates:
                 assert frozenset(set(candidate) - OPTIONS - VARIANTS) in known, (kernel, candidate)
+            forms = {candidate.get("TMA", False) for candidate in candidates}
+            assert forms == {True, False} or "TMA" not in entry["config"], (kernel, entry)
 
 
 def test_sizes_by_device() -> None:
