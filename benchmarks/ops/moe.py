@@ -185,20 +185,20 @@ def launches(arch: str, every: bool) -> list[tuple[str, Callable[[], Any]]]:
         for kernel in ("activate_backward", "combine"):
             widths |= {(w, w) for w in (entry["shape"]["N"] for entry in _launch.entries("moe", kernel, arch))}
 
-    def both(width: int, inner: int) -> None:
-        x = torch.empty(128, width, dtype=DTYPE).requires_grad_()
-        ids = torch.zeros(128, TOP_K, dtype=torch.int64)
-        weight = torch.empty(128, TOP_K).requires_grad_()
+    def both(width: int, inner: int, tokens: int = 128) -> None:
+        x = torch.empty(tokens, width, dtype=DTYPE).requires_grad_()
+        ids = torch.zeros(tokens, TOP_K, dtype=torch.int64)
+        weight = torch.empty(tokens, TOP_K).requires_grad_()
         w_gate_up = torch.empty(EXPERTS, 2 * inner, width, dtype=DTYPE).requires_grad_()
         w_down = torch.empty(EXPERTS, width, inner, dtype=DTYPE).requires_grad_()
-        moe_experts(x, ids, weight, w_gate_up, w_down).backward(torch.empty(128, width, dtype=DTYPE))
+        moe_experts(x, ids, weight, w_gate_up, w_down).backward(torch.empty(tokens, width, dtype=DTYPE))
 
     def forward(width: int, inner: int, tokens: int) -> None:
         x, weight, ids = torch.empty(tokens, width, dtype=DTYPE), torch.empty(tokens, TOP_K), torch.zeros(tokens, TOP_K)
         w_gate_up, w_down = (torch.empty(EXPERTS, *size, dtype=DTYPE) for size in ((2 * inner, width), (width, inner)))
         moe_experts(x, ids.long(), weight, w_gate_up, w_down)
 
-    found = []
+    found = [("tokens=8192", functools.partial(both, 2048, 2048, 8192))] if every else []
     for size in sorted(widths, reverse=True):
         label = "D={} F={}".format(*size)
         found.append((label, functools.partial(both, *size)))

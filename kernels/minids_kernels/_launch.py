@@ -101,7 +101,7 @@ def entries(room: str, kernel: str, arch: str) -> Sequence[Mapping[str, Any]]:
     vendor, number = _generation(arch)
     known = sorted((_generation(name)[1], name) for name in by_arch if _generation(name)[0] == vendor)
     older = [name for generation, name in known if generation <= number]
-    name = older[-1] if older else known[0][1] if known else min(by_arch)
+    name = older[-1] if older else known[0][1] if known else min(by_arch, key=_generation)
     return by_arch[name]
 
 
