@@ -12,7 +12,7 @@ program finds its expert by counting which of these first numbers are not above 
 each row is a tile of its own, of which only a segment's first does work: weights are read once, and only those that
 are hit; there the weights are the operand that tensor cores want 64 rows of.
 Where the launch table says TMA, operands are fetched by tensor descriptors, each if its memory lies as these want it;
-tokens' rows always by pointers.
+tokens' rows always by pointers. For moe_experts the epilogue is SwiGLU: half a tile's columns are gate's, half up's.
 Gradients: dx = the same product with w[e].T; dw[e] = dy_e.T @ x_e, one program an output tile walking through the
 segment's rows: no atomics, the same bits every time. Runs on every GPU that Triton knows.
 Device-side offsets: pytorch/pytorch#146328; rows without padding: pytorch/torchtitan#2255.

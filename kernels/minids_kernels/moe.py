@@ -2,10 +2,10 @@
 
     y[t] = sum_j topk_weight[t, j] * down_e(swiglu(gate_up_e(x[t]))) with e = topk_ids[t, j]
 
-Tokens are sorted by expert, so that each expert is one matrix product; the weight is applied before `down` (which is
-linear), so the products' outputs need not be kept. The backward keeps x, the gate_up products and the permutation, and
-computes everything else again. On a GPU nothing waits for a count: segments lie end to end, grids depend on shapes
-alone.
+Tokens are sorted by expert (moe_plan), so that each expert is one matrix product. Kernels apply the weight with SwiGLU,
+in the first product's epilogue (`down` is linear), the PyTorch path in the sum over experts. The backward keeps x, the
+gate_up products and the plan, and computes everything else again. On a GPU nothing waits for a count: segments lie end
+to end, grids depend on shapes alone.
 Test: tests/kernels/test_moe.py. Benchmark: benchmarks/ops/moe.py.
 """
 
