@@ -93,7 +93,7 @@ def _moe_plan_kernel(
     row = tl.gather(starts, expert, axis=0)
     if not ONE:
         row += tl.load(counts_ptr + expert.to(tl.int64) * tl.num_programs(0) + program)
-    for step in tl.range(0, BLOCK, STEP):
+    for step in tl.range(0, tl.minimum(BLOCK, P - program * BLOCK), STEP):
         others = program.to(tl.int64) * BLOCK + step + tl.arange(0, STEP)
         same = _experts_of(ids_ptr, others, P, E)[None, :] == expert[:, None]
         row += tl.sum((same & (others[None, :] < pairs[:, None])).to(tl.int32), axis=1)
