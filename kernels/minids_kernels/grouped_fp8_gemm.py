@@ -45,7 +45,7 @@ from .fp8_gemm import (
     _values,
 )
 from .fp8_quant import encode_e4m3, quantize_tiles_transposed, quantize_tiles_transposed_reference, scales_of
-from .grouped_gemm import SMALL, _describable, segment_at, segment_of
+from .grouped_gemm import SMALL, describable, segment_at, segment_of
 
 if _launch.HAS_TRITON:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -229,7 +229,7 @@ def _fetched(
 ) -> tuple[Any, Any, dict[str, Any]]:
     """`_aligned` codes a and b as a kernel takes them, and what it is to know: descriptors of tiles of `blocks` rows
     where the launch table says so, else pointers, to uint8 for chips without e4m3."""
-    wide, tma = _generation(a) < 89, config.get("TMA", False) and _describable(a) and _describable(b)
+    wide, tma = _generation(a) < 89, config.get("TMA", False) and describable(a) and describable(b)
     if wide:
         a, b = a.view(torch.uint8), b.view(torch.uint8)
     x, y = (

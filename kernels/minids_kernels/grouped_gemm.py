@@ -251,7 +251,7 @@ def _config(kernel: str, *tensors: Tensor, **shape: int) -> dict[str, Any]:
     return _launch.config("grouped_gemm", kernel + kind, _launch.arch(x), **shape)
 
 
-def _describable(x: Tensor) -> bool:
+def describable(x: Tensor) -> bool:
     """Whether a tensor descriptor can stand for x: it counts in units of 16 bytes, along contiguous rows."""
     *pitches, inner = x.stride()
     whole = all(pitch > 0 and pitch * x.element_size() % 16 == 0 for pitch in pitches)
@@ -262,7 +262,8 @@ def _triton_mm(
     x: Tensor, token: Tensor | None, w: Tensor, offsets: Tensor, y: Tensor,
     swiglu: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> None:  # fmt: skip
-    """`swiglu`: weights, the rows' pairs, and where activated rows go; only then y may have no rows."""
+    """y [T, N] is written to. `swiglu`: weights of T numbers, the rows' pairs int64 [T], and activated rows [T, N / 2],
+    written to; only then y may have no rows."""
     rows, (experts, width, depth) = len(x if token is None else token), w.shape
     small = rows <= SMALL
     config = dict(_config("small", x, w) if small else _config("many", x, w, rows=rows // max(1, experts)))
@@ -277,7 +278,7 @@ def _triton_mm(
         stored, block = (w.transpose(1, 2), [1, k, n]) if turned else (w, [1, n, k])
         if swiglu:
             stored, block = w.unflatten(1, (2, -1)), [1, 2, n // 2, k]
-        x_tma, w_tma = tma and token is None and _describable(x), tma and _describable(stored)
+        x_tma, w_tma = tma and token is None and describable(x), tma and describable(stored)
         x = TensorDescriptor.from_tensor(x, [m, k]) if x_tma else x
         w = TensorDescriptor.from_tensor(stored, block) if w_tma else w
         meta |= {"X_TMA": x_tma, "W_TMA": w_tma, "TURNED": turned}
@@ -295,7 +296,7 @@ def _triton_outer(
     experts, down, across = out.shape
     config = dict(_config("outer", a, b))
     tma = config.pop("TMA", False)
-    a_tma, b_tma = (tma and token is None and _describable(x) for x, token in ((a, a_token), (b, b_token)))
+    a_tma, b_tma = (tma and token is None and describable(x) for x, token in ((a, a_token), (b, b_token)))
     m, n, t = (config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_T"))
     _launch.launch(
         _grouped_outer_kernel, (experts * triton.cdiv(down, m) * triton.cdiv(across, n),),
