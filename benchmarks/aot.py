@@ -273,7 +273,7 @@ def markdown(results: Sequence[Compiled]) -> str:
 
 
 @contextlib.contextmanager
-def _workers(count: int) -> Iterator[ProcessPoolExecutor]:
+def workers(count: int) -> Iterator[ProcessPoolExecutor]:
     with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
         yield pool
 
@@ -290,7 +290,7 @@ def main() -> None:
         sys.exit("TRITON_INTERPRET=1: interpreted kernels cannot be compiled; unset it")
     jobs = [(room, arch, options.all) for room in options.rooms for arch in options.archs]
     results = []
-    with _workers(options.workers) as pool:
+    with workers(options.workers) as pool:
         for found in pool.map(_job, jobs):
             for result in found:
                 print(json.dumps(dataclasses.asdict(result)), flush=True)

@@ -4,7 +4,7 @@ A room's module has
 
     launches(arch, every) -> [(label, call), ...]       for benchmarks.aot
     cases(device, quick) -> [Case, ...]                 for benchmarks.run
-    tuning() -> {kernel in configs/<room>.json: Tuning} for benchmarks.tune
+    tuning(device) -> {kernel in configs/<room>.json: Tuning} for benchmarks.tune
 
 Names that benchmarks.goals and the tables rely on. Contestants: "minids" is ours, always there; "eager" is the plain
 formula in PyTorch, "compile" the same under torch.compile, "cublas" F.scaled_mm with block scales, "bf16" PyTorch's
@@ -87,8 +87,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Tuning:
-    """How benchmarks.tune tries one kernel: `bind(shape)` makes inputs of a table entry's shape on the GPU and returns
-    a call that launches the kernel; `candidates(shape)` are the configs to try."""
+    """How benchmarks.tune tries one kernel: `bind(shape)` makes inputs of a table entry's shape on the device (the GPU,
+    or "meta" where launches are recorded only, so nothing may wait for numbers) and returns a call that launches the
+    kernel; `candidates(shape)` are the configs to try."""
 
     bind: Callable[[Mapping[str, int]], Run]
     candidates: Callable[[Mapping[str, int]], Iterable[dict[str, Any]]]

@@ -68,8 +68,9 @@ def _called(run: Run, events: str = "", peak_bytes: int | None = None) -> Prepar
     return Prepared(replay, lambda: last[0], events, peak_bytes)
 
 
-def prepare(run: Run, device: torch.device) -> Prepared:
-    """Warms `run` up and, on a GPU, captures it: not where it waits for the GPU, which a graph cannot hold."""
+def prepare(run: Run, device: torch.device, pool: Any = None) -> Prepared:
+    """Warms `run` up and, on a GPU, captures it: not where it waits for the GPU, which a graph cannot hold. Graphs of
+    one `pool` (torch.cuda.graph_pool_handle) share the memory of what their runs let go."""
     for _ in range(WARMUP):
         run()
     if device.type != "cuda":
@@ -91,7 +92,7 @@ def prepare(run: Run, device: torch.device) -> Prepared:
     del output
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        with torch.cuda.graph(graph, pool, stream=torch.cuda.current_stream()):
             output = run()
     except torch.OutOfMemoryError:
         raise

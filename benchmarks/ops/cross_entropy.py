@@ -114,10 +114,9 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     return [_case(*shape, dtype, mode, device) for shape in shapes for mode in ("fwd", "fwd+bwd")]
 
 
-def tuning() -> dict[str, Tuning]:
+def tuning(device: torch.device) -> dict[str, Tuning]:
     """The kernels alone, on a chunk of C logits a token of a vocabulary twice as large."""
     room = importlib.import_module("minids_kernels.cross_entropy")
-    device = torch.device("cuda")
 
     def chunk(columns: int) -> tuple[Tensor, Tensor, Tensor]:
         rows = max(256, 2**26 // columns)  # 128 MiB, more than any L2 holds

@@ -187,13 +187,13 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     ]
 
 
-def tuning() -> dict[str, Tuning]:
+def tuning(device: torch.device) -> dict[str, Tuning]:
     """At V3's width. Tensor descriptors and specialised warps are tried everywhere: chips that have none refuse."""
 
     def bind(wgrad: bool) -> Callable[[Mapping[str, int]], Run]:
         def run(shape: Mapping[str, int]) -> Run:
             m, n = shape["M"], shape["N"]
-            case = _product(m, n, K, wgrad, torch.device("cuda"))
+            case = _product(m, n, K, wgrad, device)
             return case.contestants[OURS].bind(case.make())
 
         return run

@@ -116,10 +116,10 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     return [_case(name, rows, columns, device) for rows, columns in shapes for name in names]
 
 
-def tuning() -> dict[str, Tuning]:
+def tuning(device: torch.device) -> dict[str, Tuning]:
     def numbers(shape: Mapping[str, int]) -> Tensor:
         rows = max(256, 2**25 // shape["K"])  # 64 MiB, more than any L2 holds together with the output
-        return normal(rows, shape["K"], device=torch.device("cuda"), dtype=DTYPE)
+        return normal(rows, shape["K"], device=device, dtype=DTYPE)
 
     def quantise(op: Callable[[Tensor], Any]) -> Callable[[Mapping[str, int]], Run]:
         return lambda shape: calls(op)(Inputs((numbers(shape),)))

@@ -136,10 +136,9 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     ]
 
 
-def tuning() -> dict[str, Tuning]:
+def tuning(device: torch.device) -> dict[str, Tuning]:
     """At V3's gate_up product. Tensor descriptors are tried everywhere; for chips that have none the compiler makes
     pointers of them."""
-    device = torch.device("cuda")
 
     def forward(shape: Mapping[str, int]) -> Run:
         case = _forward_case(EXPERTS * shape.get("rows", 1), 2 * INNER, WIDTH, EXPERTS, True, device)

@@ -51,7 +51,8 @@ def functional(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
 
 def routed(rows: int, experts: int, device: torch.device) -> Tensor:
     """Offsets int32 [E + 1] of `rows` rows whose experts were drawn independently."""
-    counts = torch.bincount(torch.randint(experts, (rows,), device=device), minlength=experts)
+    drawn = torch.randint(experts, (rows,), device=device)
+    counts = drawn.new_zeros(experts).scatter_add_(0, drawn, torch.ones_like(drawn))
     return F.pad(counts.cumsum(0), (1, 0)).int()
 
 
@@ -89,14 +90,14 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     return [_case(*shape, dtype, mode, device) for shape in shapes for mode in ("fwd", "fwd+bwd")]
 
 
-def tuning() -> dict[str, Tuning]:
+def tuning(device: torch.device) -> dict[str, Tuning]:
     """Of the tables for half precision: V3's gate_up product; the other tables are for what nobody should be using.
     Tensor descriptors are tried everywhere; for chips that have none the compiler makes pointers of them."""
 
     def bind(mode: str) -> Callable[[Mapping[str, int]], Run]:
         def run(shape: Mapping[str, int]) -> Run:
             rows = EXPERTS * shape.get("rows", 1 if mode == "fwd" else 1024)
-            case = _case(rows, 2 * INNER, WIDTH, EXPERTS, DTYPE, mode, torch.device("cuda"))
+            case = _case(rows, 2 * INNER, WIDTH, EXPERTS, DTYPE, mode, device)
             inputs = case.make()
             return calls(grouped_gemm, mode)(inputs)
 

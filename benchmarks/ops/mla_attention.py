@@ -131,14 +131,14 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     return [_case(*shape, dtype, mode, device) for shape in shapes for mode in ("fwd", "fwd+bwd")]
 
 
-def tuning() -> dict[str, Tuning]:
+def tuning(device: torch.device) -> dict[str, Tuning]:
     """At Dqk : Dv = 3 : 2 as V3 and small models have it, on one document of 8,192 tokens (fp32: 2,048)."""
 
     def bind(mode: str) -> Callable[[Mapping[str, int]], Run]:
         def run(shape: Mapping[str, int]) -> Run:
             half, width = shape["BITS"] == 16, shape["WIDTH"]
             tokens, dtype = (8192, DTYPE) if half else (2048, torch.float32)
-            case = _case(tokens, 1, 16, 3 * width // 5, 2 * width // 5, dtype, "fwd+bwd", torch.device("cuda"))
+            case = _case(tokens, 1, 16, 3 * width // 5, 2 * width // 5, dtype, "fwd+bwd", device)
             return calls(mla_attention, mode)(case.make())
 
         return run

@@ -84,9 +84,9 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     return [_case(*shape, fp8, device) for shape in shapes for fp8 in (False, True) if not fp8 or shape[1] % 128 == 0]
 
 
-def tuning() -> dict[str, Tuning]:
+def tuning(device: torch.device) -> dict[str, Tuning]:
     def run(shape: Mapping[str, int]) -> Run:
-        case = _case(128, shape["C"], max(2, shape["C"] // 8), False, torch.device("cuda"))
+        case = _case(128, shape["C"], max(2, shape["C"] // 8), False, device)
         return case.contestants[OURS].bind(case.make())
 
     def candidates(shape: Mapping[str, int]) -> list[dict[str, Any]]:

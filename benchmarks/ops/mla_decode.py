@@ -133,11 +133,11 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     return found + [_fp8_case(case) for case in found if case.shape["Dv"] % 128 == 0]
 
 
-def tuning() -> dict[str, Tuning]:
+def tuning(device: torch.device) -> dict[str, Tuning]:
     """On sequences of 4,096 rows; the table for fp32, which no product of V3's uses, stays as it is."""
 
     def bind(batch: int, rows: int, v_dim: int) -> Run:
-        case = _case(batch, 1, rows, 4096, v_dim, 64 if v_dim > 128 else 16, DTYPE, torch.device("cuda"))
+        case = _case(batch, 1, rows, 4096, v_dim, 64 if v_dim > 128 else 16, DTYPE, device)
         return case.contestants[OURS].bind(case.make())
 
     def decode(shape: Mapping[str, int]) -> list[dict[str, Any]]:

@@ -148,10 +148,9 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     return found
 
 
-def tuning() -> dict[str, Tuning]:
+def tuning(device: torch.device) -> dict[str, Tuning]:
     """The kernels between the products alone."""
     room = importlib.import_module("minids_kernels.moe")
-    device = torch.device("cuda")
 
     def rows(width: int) -> int:
         return max(256, 2**24 // width)  # more than any L2 holds together with the output

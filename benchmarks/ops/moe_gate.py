@@ -55,12 +55,12 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     return [_case(*shape, mode, device) for shape in shapes for mode in ("fwd", "fwd+bwd")]
 
 
-def tuning() -> dict[str, Tuning]:
+def tuning(device: torch.device) -> dict[str, Tuning]:
     def bind(mode: str) -> Callable[[Mapping[str, int]], Run]:
         def run(shape: Mapping[str, int]) -> Run:
             experts = shape["E"]
             groups, topk_group = (8, 4) if experts >= 64 else (1, 1)
-            case = _case(8192, experts, min(8, experts // 2), groups, topk_group, mode, torch.device("cuda"))
+            case = _case(8192, experts, min(8, experts // 2), groups, topk_group, mode, device)
             return case.contestants[OURS].bind(case.make())
 
         return run

@@ -45,9 +45,9 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     return [_case(*shape, device) for shape in sizes(device, quick, GPU_SHAPES, CPU_SHAPES, SMALL_SHAPE)]
 
 
-def tuning() -> dict[str, Tuning]:
+def tuning(device: torch.device) -> dict[str, Tuning]:
     def run(shape: Mapping[str, int]) -> Run:
-        case = _case(8192, shape["E"], min(8, shape["E"]), torch.device("cuda"))
+        case = _case(8192, shape["E"], min(8, shape["E"]), device)
         return case.contestants[OURS].bind(case.make())
 
     def candidates(shape: Mapping[str, int]) -> list[dict[str, Any]]:

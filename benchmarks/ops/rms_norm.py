@@ -129,8 +129,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     ]
 
 
-def tuning() -> dict[str, Tuning]:
-    device = torch.device("cuda")
+def tuning(device: torch.device) -> dict[str, Tuning]:
 
     def bind(shape: Mapping[str, int], mode: str) -> Run:
         columns = shape["N"]

@@ -84,10 +84,10 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     return [_case(*shape, device) for shape in sizes(device, quick, GPU_SHAPES, CPU_SHAPES, SMALL_SHAPE)]
 
 
-def tuning() -> dict[str, Tuning]:
+def tuning(device: torch.device) -> dict[str, Tuning]:
     def bind(transposed: bool) -> Callable[[Mapping[str, int]], Run]:
         def run(shape: Mapping[str, int]) -> Run:
-            columns, device = shape["N"], torch.device("cuda")
+            columns = shape["N"]
             rows = max(256, 2**25 // columns)  # 64 MiB, more than any L2 holds together with the output
             x, weight = (normal(*size, device=device, dtype=DTYPE) for size in ((rows, columns), (columns,)))
             return lambda: rms_norm_quant(x, weight, transposed=transposed)

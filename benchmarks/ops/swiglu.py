@@ -73,12 +73,12 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     return [_case(*shape, dtype, mode, device) for shape in shapes for mode in ("fwd", "bwd", "fwd+bwd")]
 
 
-def tuning() -> dict[str, Tuning]:
+def tuning(device: torch.device) -> dict[str, Tuning]:
     def bind(mode: str) -> Callable[[Mapping[str, int]], Run]:
         def run(shape: Mapping[str, int]) -> Run:
             width = shape["N"]
             rows = max(256, 2**24 // width)  # 64 MiB of gate_up, more than any L2 holds together with the output
-            gate_up, dy = (normal(rows, n, device=torch.device("cuda"), dtype=DTYPE) for n in (2 * width, width))
+            gate_up, dy = (normal(rows, n, device=device, dtype=DTYPE) for n in (2 * width, width))
             return calls(swiglu, mode)(Inputs((gate_up,), (dy,)))
 
         return run

@@ -89,11 +89,11 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     return [_case(*shape, backward, device) for shape in shapes for backward in (False, True)]
 
 
-def tuning() -> dict[str, Tuning]:
+def tuning(device: torch.device) -> dict[str, Tuning]:
     def bind(backward: bool) -> Callable[[Mapping[str, int]], Run]:
         def run(shape: Mapping[str, int]) -> Run:
             rows = max(256, 2**24 // shape["N"])  # 64 MiB of gate_up, more than any L2 holds together with the output
-            case = _case(rows, shape["N"], backward, torch.device("cuda"))
+            case = _case(rows, shape["N"], backward, device)
             return case.contestants[OURS].bind(case.make())
 
         return run

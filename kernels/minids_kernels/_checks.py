@@ -33,5 +33,5 @@ def as_shape(y: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that matrix products on `x` run in: autocast's where it is on, else x's own."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    device = x.device.type  # autocast knows no "meta"
+    return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else x.dtype

@@ -49,7 +49,7 @@ def test_candidates_are_configs_of_their_tables(op: str) -> None:
     """A candidate sets the very arguments that the entry in use sets, but for options that have defaults. Where
     descriptors are in use, pointers are tried beside them."""
     table = json.loads((CONFIGS / f"{op}.json").read_text())
-    tuning = module(op).tuning()
+    tuning = module(op).tuning(CPU)
     assert tuning and set(tuning) <= set(table)
     for kernel, tuned in tuning.items():
         used = [entry["config"] for chip in table[kernel].values() for entry in chip]
