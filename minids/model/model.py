@@ -14,6 +14,7 @@ from minids_kernels import linear_cross_entropy
 from torch import Tensor, nn
 
 from minids.config import ModelConfig
+from minids.device import queue_copy
 from minids.model.block import Block
 from minids.model.moe import Experts, Gate, MoE, Routing, balance_loss, update_bias
 from minids.model.mtp import MTPBlock
@@ -36,13 +37,14 @@ class Losses:
     """Sums over a batch, so that batches of different token counts can be added up exactly.
 
     nll_sum: nats over the `tokens` counted targets; mtp_nll_sum, mtp_tokens: the same for each prediction depth;
-    balance: the MoE layers' sequence-wise balance losses, added up; expert_counts [MoE layers, E].
+    balance: the MoE layers' sequence-wise balance losses, added up; expert_counts [MoE layers, E]. Counts lie on the
+    model's device too: whoever reads one as a number waits for it.
     """
 
     nll_sum: Tensor
-    tokens: int
+    tokens: Tensor
     mtp_nll_sum: list[Tensor]
-    mtp_tokens: list[int]
+    mtp_tokens: list[Tensor]
     balance: Tensor
     expert_counts: Tensor
 
@@ -116,11 +118,11 @@ class DeepseekV3(nn.Module):
             )
         if cu_seqlens is None:
             cu_seqlens = torch.arange(0, rows * length + 1, max(length, 1), dtype=torch.int32)
-        lengths = cu_seqlens.diff().long()
-        if cu_seqlens[0] != 0 or cu_seqlens[-1] != rows * length or (lengths < 0).any():
+        if cu_seqlens[0] != 0 or cu_seqlens[-1] != rows * length or (cu_seqlens.diff() < 0).any():
             raise ValueError(f"cu_seqlens: got {cu_seqlens.tolist()}, allowed is 0, rising, to {rows * length} tokens")
-        start = cu_seqlens[:-1].long().repeat_interleave(lengths).to(input_ids.device)
-        end = cu_seqlens[1:].long().repeat_interleave(lengths).to(input_ids.device)
+        cu_seqlens = queue_copy(cu_seqlens, input_ids.device)  # once, not in every layer
+        lengths, bounds = cu_seqlens.diff(), cu_seqlens.long()
+        start, end = (b.repeat_interleave(lengths, output_size=rows * length) for b in (bounds[:-1], bounds[1:]))
         index = torch.arange(rows * length, device=input_ids.device)
         cos, sin = rope_angles(self.config, index - start)
         return _Packed(input_ids.flatten(), cu_seqlens, end, cos, sin)
@@ -147,8 +149,9 @@ class DeepseekV3(nn.Module):
     ) -> CausalLMOutput:
         """input_ids [B, T] int64, labels [B, T] (shifted inside, -100 ignored) -> logits [B, T, V] and the mean loss.
 
-        Without cu_seqlens every row is one document. Raises ValueError for T over max_position_embeddings, cu_seqlens
-        that do not cover the batch, or labels of another size.
+        Without cu_seqlens every row is one document. Those given are looked at, which on a GPU has to be waited for:
+        keep them on the CPU. Raises ValueError for T over max_position_embeddings, cu_seqlens that do not cover the
+        batch, or labels of another size.
         """
         batch = self._pack(input_ids, cu_seqlens)
         hidden, _ = self._hidden(batch)
@@ -165,7 +168,7 @@ class DeepseekV3(nn.Module):
         hidden, routings = self._hidden(batch)
         nll, tokens = self._nll(hidden, batch.targets(labels, 1))
         mtp_nll: list[Tensor] = []
-        mtp_tokens: list[int] = []
+        mtp_tokens: list[Tensor] = []
         for depth in range(self.config.num_nextn_predict_layers if mtp else 0):
             hidden, routing = self._mtp_hidden(batch, hidden, depth)
             depth_nll, depth_tokens = self._nll(hidden, batch.targets(labels, 2 + depth))
@@ -178,9 +181,9 @@ class DeepseekV3(nn.Module):
             balance, counts = balance_loss(routings, input_ids.shape[0])
         return Losses(nll, tokens, mtp_nll, mtp_tokens, balance.sum(), counts)
 
-    def _nll(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, int]:
+    def _nll(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         nll = linear_cross_entropy(hidden, self.lm_head.weight, targets, IGNORE, reduction="sum")
-        return nll, int((targets != IGNORE).sum())
+        return nll, (targets != IGNORE).sum()
 
     def token_log_probs(self, input_ids: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """[B * T] fp32: log-probability of the label at each place given the tokens before it, 0 where the label is

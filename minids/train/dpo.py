@@ -26,6 +26,7 @@ from minids.data.chat import preference_samples
 from minids.data.loader import Batch, permuted
 from minids.data.pack import Sample
 from minids.data.rows import Row, read_rows
+from minids.device import queue_copy
 from minids.errors import InputError
 from minids.files import atomic_write, sha256
 from minids.model.model import DeepseekV3
@@ -114,7 +115,8 @@ def answer_log_probs(model: DeepseekV3, pairs: PairBatch) -> Tensor:
     """[n, 2] fp32: log-probability of each pair's chosen and rejected answer, summed over the answer's tokens."""
     device = next(model.parameters()).device
     batch = pairs.batch
-    log_probs = model.token_log_probs(batch.input_ids.to(device), batch.labels.to(device), batch.cu_seqlens)
+    input_ids, labels = (queue_copy(x, device) for x in (batch.input_ids, batch.labels))
+    log_probs = model.token_log_probs(input_ids, labels, batch.cu_seqlens)
     parts = log_probs[: sum(pairs.lengths)].split(pairs.lengths)
     return torch.stack([part.sum() for part in parts]).view(-1, 2)
 
@@ -200,8 +202,8 @@ class PreferenceTask:
     def _values(self, model: DeepseekV3, batch: PairBatch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Per pair [n]: metrics; and [n, 2] the log-probabilities, summed and per token."""
         log_probs = answer_log_probs(model, batch)
-        reference = self.reference[batch.numbers].to(log_probs.device)
-        per_token = log_probs / batch.answers.view(-1, 2).to(log_probs.device)
+        reference = queue_copy(self.reference[batch.numbers], log_probs.device)
+        per_token = log_probs / queue_copy(batch.answers.view(-1, 2), log_probs.device)
         values = dpo_metrics(log_probs, reference, self.config.beta)
         return {**values, "chosen_nll": -per_token[:, 0]}, log_probs, per_token
 

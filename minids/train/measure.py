@@ -56,7 +56,7 @@ def likelihood(model: DeepseekV3, batches: Iterable[Batch], token_bytes: torch.T
     for batch in batches:
         losses = model.losses(batch.input_ids.to(device), batch.labels.to(device), batch.cu_seqlens, mtp=False)
         nats += losses.nll_sum.item()
-        tokens += losses.tokens
+        tokens += int(losses.tokens)
         size += int(token_bytes[batch.labels[batch.labels >= 0]].sum())
     values: dict[str, float] = {"nll": nats / tokens} if tokens else {}
     if size:

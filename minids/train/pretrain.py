@@ -11,6 +11,7 @@ import torch
 from minids.config import PretrainConfig, TrainConfig
 from minids.data.loader import Batch, Loader, eval_batches
 from minids.data.store import HOLDOUT, TRAIN, TokenShards
+from minids.device import queue_copy
 from minids.errors import InputError
 from minids.model.model import DeepseekV3
 from minids.tokenizer import Tokenizer
@@ -65,9 +66,8 @@ class LanguageModelTask:
 
     def loss(self, model: DeepseekV3, batch: Batch, window: Window) -> StepLoss:
         device = next(model.parameters()).device
-        losses = model.losses(
-            batch.input_ids.to(device), batch.labels.to(device), batch.cu_seqlens, mtp=window.mtp_weight > 0
-        )
+        input_ids, labels = (queue_copy(x, device) for x in (batch.input_ids, batch.labels))
+        losses = model.losses(input_ids, labels, batch.cu_seqlens, mtp=window.mtp_weight > 0)
         metrics = {"nll": losses.nll_sum / window.counted, "balance": losses.balance / window.batches}
         loss = metrics["nll"] + self.settings.balance_loss_alpha * metrics["balance"]
         if losses.mtp_nll_sum:

@@ -381,3 +381,21 @@ def test_documents_that_do_not_fill_the_batch(bounds: list[int]) -> None:
 def test_labels_of_another_shape() -> None:
     with pytest.raises(ValueError, match="labels: got shape"):
         build().losses(torch.zeros(2, 30, dtype=torch.int64), torch.zeros(2, 29, dtype=torch.int64))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU is waited for")
+def test_a_training_pass_waits_for_no_gpu() -> None:
+    model, ids = build().cuda(), torch.randint(0, VOCAB, (2, 30), device="cuda")
+
+    def training_pass() -> None:
+        losses = model.losses(ids, ids, CU_SEQLENS)
+        (losses.nll_sum / losses.tokens + losses.mtp_nll_sum[0] + losses.balance).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        model.update_expert_bias(losses.expert_counts, 1e-3)
+
+    training_pass()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        training_pass()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
