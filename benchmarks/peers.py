@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.nn.utils import parametrize
 
 from minids.convert.hf import to_hf_state
 from minids.convert.hf_config import to_hf_config
@@ -38,4 +39,19 @@ def transformers_model(model: DeepseekV3, experts_implementation: str = "eager")
                 for e in range(model.config.n_routed_experts)
             ]
             tensor.copy_(torch.stack(parts))
+    return peer
+
+
+class _Autocast(torch.nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        kind = weight.device.type
+        return weight.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else weight
+
+
+def autocast_experts(peer: Any) -> Any:
+    """`peer`, whose stacked experts come in autocast's dtype. Autocast itself knows no grouped products: these would be
+    in fp32 beside everything else in bf16."""
+    for module in list(peer.modules()):
+        for name in {"gate_up_proj", "down_proj"} & module._parameters.keys():
+            parametrize.register_parametrization(module, name, _Autocast())
     return peer

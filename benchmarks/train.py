@@ -1,69 +1,132 @@
 """Training speed on this machine: minids against transformers' DeepseekV3ForCausalLM, one process, steps interleaved.
 
-    python -m benchmarks.train [--rounds 9] [--dtypes fp32 bf16] [--compile]
+    python -m benchmarks.train [--rounds 9] [--dtypes fp32 bf16] [--compile] [--preset small] [--batch 16]
+                               [--length 2048] [--sides NAME ...] [--profile FILE.json] [--out FILE.json]
 
-A step is forward, backward, gradient clipping and AdamW on 8 sequences of 256 tokens. All sides start from the same
-weights and see the same batches; their first losses must agree before anything is timed. Warm-up runs each side in
-every precision; only its fastest goes on to the timed rounds, so that nobody's caches are cleared by what does not
-count. Prints one JSON object with tokens/s (medians; of the warm-up the fastest step) and the ratio.
+A step is forward, backward, gradient clipping and AdamW: on a CPU on 8 sequences of 256 tokens of a small model, on a
+GPU on 16 sequences of 2048 of the preset "small", whose MTP module is left out, in bf16 with fp32 master weights. All
+sides start from the same weights and see the same batches, which lie on the CPU; their first losses must agree before
+anything is timed. Warm-up runs each side in every precision; only its fastest goes on to the timed rounds, so that
+nobody's caches are cleared by what does not count. Times are by the clock, on a GPU from an idle device to an idle
+device. Prints one JSON object with tokens/s (medians; of the warm-up the fastest step) and the ratio.
+
+On a GPU the object also has, by side, the seconds of the first step (compilers included; caches of earlier runs count)
+and the peak of memory, as if the side were alone; the ratio to each side; `moe_to_dense`, our step's time over that of
+our model with a dense FFN of equal active width for the experts (the same products a token but the gates'); and `mfu`,
+`flops.training_flops_per_token` a second over what a bf16 product of 8192 reaches here, and over the data sheet's. A
+side that breaks, out of memory for instance, is listed in `failed` and costs the others nothing.
+
+--profile: one more step of ours, GPU time by kernel, and where the host waits for the GPU within a step.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import importlib.metadata
 import json
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from torch.autograd import DeviceType
 
+from benchmarks import timing
 from benchmarks.cases import MINI
-from benchmarks.peers import transformers_model
+from benchmarks.flops import active_ffn_width, training_flops_per_token
+from benchmarks.peers import autocast_experts, transformers_model
+from minids.config import PRESETS, ModelConfig, TrainConfig, preset
+from minids.device import queue_copy
+from minids.files import write_json
 from minids.model import DeepseekV3
+from minids.model.moe import MLP, MoE
+from minids.train.loop import autocast, pick_device
+from minids.train.optim import build_optimizer
 
-BATCH, LENGTH, LR = 8, 256, 1e-3
-LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # of a loss near ln(6400) = 8.8
+Loss = Callable[[Any, torch.Tensor], torch.Tensor]
+
+RECIPE = TrainConfig(lr=1e-3)
+LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # of a loss near ln(6400) = 8.8 or ln(32000) = 10.4
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+OURS, DENSE = "minids", "minids dense"
+PEERS = ("transformers eager", "transformers grouped_mm")  # by how they compute experts
+COMPILED = tuple(f"{name} compiled" for name in PEERS)
+SHEET_TFLOPS = 989.0  # bf16 without sparsity: H100 SXM and H200, NVIDIA's data sheets
+TOP_KERNELS = 40
 
 
 class Side:
     """One contestant: a model, its optimizer and its loss, in one precision."""
 
-    def __init__(
-        self, name: str, model: torch.nn.Module, loss: Callable[[Any, torch.Tensor], torch.Tensor], dtype: str
-    ):
+    def __init__(self, name: str, model: torch.nn.Module, loss: Loss, dtype: str):
         self.peer, self.name, self.dtype, self.loss = name, f"{name} {dtype}", dtype, loss
         self.model = model.train()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LR, fused=True)
+        self.device = next(model.parameters()).device
+        self.optimizer = build_optimizer(self.model, RECIPE)
+        self.tokens = 0  # in a step
         self.seconds: list[float] = []
         self.losses: list[float] = []
+        self.peak_bytes: int | None = None  # on a GPU
 
-    def step(self, batch: torch.Tensor) -> None:
-        start = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "bf16"):
-            loss = self.loss(self.model, batch)
+    def train_step(self, batch: torch.Tensor) -> torch.Tensor:
+        """As `minids.train.loop` does it, but for the numbers it reads."""
+        with autocast(self.device, DTYPES[self.dtype]):
+            loss = self.loss(self.model, queue_copy(batch, self.device))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), RECIPE.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        return loss.detach()
+
+    def step(self, batch: torch.Tensor) -> None:
+        others = self._others_bytes()
+        synchronize(self.device)
+        start = time.perf_counter()
+        loss = self.train_step(batch)
+        synchronize(self.device)
         self.seconds.append(time.perf_counter() - start)
         self.losses.append(loss.item())
+        self.tokens = batch.numel()
+        if self.device.type == "cuda":
+            self.peak_bytes = max(self.peak_bytes or 0, torch.cuda.max_memory_allocated() - others)
+
+    def _others_bytes(self) -> int:
+        """What lies on the GPU and is not this side's; the peak is counted anew from here."""
+        if self.device.type != "cuda":
+            return 0
+        torch.cuda.reset_peak_memory_stats()
+        state = (x for values in self.optimizer.state.values() for x in values.values())
+        own = [*self.model.parameters(), *self.model.buffers(), *state]
+        return torch.cuda.memory_allocated() - sum(x.numel() * x.element_size() for x in own if x.is_cuda)
+
+    def median(self, warmup: int) -> float:
+        return statistics.median(self.seconds[warmup:])
 
     def tokens_per_second(self, warmup: int) -> float:
-        return BATCH * LENGTH / statistics.median(self.seconds[warmup:])
+        return self.tokens / self.median(warmup)
 
     def fastest(self) -> float:
         """Tokens/s of the fastest step so far."""
-        return BATCH * LENGTH / min(self.seconds)
+        return self.tokens / min(self.seconds)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def our_loss(model: DeepseekV3, batch: torch.Tensor) -> torch.Tensor:
-    """Without the balance loss (transformers has none); it is computed all the same."""
+    """Without the balance loss (transformers has none) and the experts' bias (it would route otherwise); both are
+    computed all the same."""
     losses = model.losses(batch, batch)
+    model.update_expert_bias(losses.expert_counts, 0.0)
     return losses.nll_sum / losses.tokens + 0.0 * losses.balance
 
 
@@ -72,62 +135,207 @@ def their_loss(model: Any, batch: torch.Tensor) -> torch.Tensor:
     return loss
 
 
-def contestants(compiled: bool, dtypes: Sequence[str]) -> list[Side]:
+def dense_twin(model: DeepseekV3) -> DeepseekV3:
+    """`model` with a dense FFN of equal active width for each MoE layer; what it costs a token less is the gates."""
+    twin, config = copy.deepcopy(model), model.config
+    for layer in twin.model.layers:
+        if isinstance(layer.mlp, MoE):
+            layer.mlp = MLP(config.hidden_size, active_ffn_width(config))
+    twin.reset_parameters()
+    return twin
+
+
+def contestant(name: str, model: DeepseekV3) -> torch.nn.Module:
+    """The model that competes under `name`, with `model`'s weights."""
+    if name == OURS:
+        return copy.deepcopy(model)
+    if name == DENSE:
+        return dense_twin(model)
+    experts = name.split()[1]
+    peer: torch.nn.Module = transformers_model(model, experts)
+    if experts == "grouped_mm" and next(model.parameters()).is_cuda:
+        peer = autocast_experts(peer)
+    return torch.compile(peer) if name in COMPILED else peer  # type: ignore[return-value]
+
+
+def contestants(config: ModelConfig, device: torch.device, names: Sequence[str], dtypes: Sequence[str]) -> list[Side]:
+    """Each in each precision, made on `device`."""
     torch.manual_seed(0)
-    model = DeepseekV3(MINI)
-    sides = [Side("minids", copy.deepcopy(model), our_loss, dtype) for dtype in dtypes]
-    for experts in ("eager", "grouped_mm"):
-        for dtype in dtypes:
-            sides.append(Side(f"transformers {experts}", transformers_model(model, experts), their_loss, dtype))
-            if compiled:
-                peer = torch.compile(transformers_model(model, experts))
-                sides.append(Side(f"transformers {experts} compiled", peer, their_loss, dtype))
-    return sides
+    with device:
+        model = DeepseekV3(config)
+        return [
+            Side(name, contestant(name, model), our_loss if name in (OURS, DENSE) else their_loss, dtype)
+            for name in names
+            for dtype in dtypes
+        ]
 
 
-def run(sides: Sequence[Side], batches: torch.Tensor, label: str) -> None:
-    """A step of each side on each batch in turn."""
+def run(sides: Sequence[Side], batches: torch.Tensor, label: str) -> dict[str, str]:
+    """A step of each side on each batch in turn -> why sides broke, which are left out from there on."""
+    failed: dict[str, str] = {}
     for index, batch in enumerate(batches):
         for side in sides:
-            side.step(batch)
-        print(f"{label} {index + 1} of {len(batches)}", file=sys.stderr)
+            if side.name not in failed:
+                try:
+                    side.step(batch)
+                except Exception as error:
+                    failed[side.name] = timing.first_line(error)
+                    side.optimizer.zero_grad()
+        print(f"{label} {index + 1} of {len(batches)}", file=sys.stderr, flush=True)
+    return failed
 
 
-def main() -> None:
+def survivors(sides: Sequence[Side], failed: Mapping[str, str]) -> list[Side]:
+    """Those that did not break, of which ours, the first, has to be one."""
+    if sides[0].name in failed:
+        raise SystemExit(f"{sides[0].name}: {failed[sides[0].name]}")
+    return [side for side in sides if side.name not in failed]
+
+
+def check_losses(sides: Sequence[Side]) -> None:
+    """All first losses agree with ours, but the dense model's, which has other weights."""
+    for side in sides:
+        if side.peer != DENSE and not abs(side.losses[0] - sides[0].losses[0]) < LOSS_TOLERANCE[side.dtype]:
+            raise SystemExit(f"{side.name}: first loss {side.losses[0]}, {sides[0].name} has {sides[0].losses[0]}")
+
+
+def mfu(flops_per_second: float, measured_tflops: float) -> dict[str, float]:
+    return {
+        "model_tflops": round(flops_per_second / 1e12, 1),
+        "measured_matmul_tflops": round(measured_tflops, 1),
+        "of_measured_matmul": round(flops_per_second / 1e12 / measured_tflops, 4),
+        "sheet_tflops": SHEET_TFLOPS,
+        "of_sheet": round(flops_per_second / 1e12 / SHEET_TFLOPS, 4),
+    }
+
+
+def gpu_report(sides: Sequence[Side], warmup: int, flops_per_token: float, matmul_tflops: float) -> dict[str, Any]:
+    """What is reported on a GPU only. Ours is the first of `sides`."""
+    ours, seconds = sides[0], {side.peer: side.median(warmup) for side in sides}
+    report: dict[str, Any] = {
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),  # "highest": no TF32
+        "step_seconds": {side.name: round(side.median(warmup), 5) for side in sides},
+        "ratio_to": {side.name: round(seconds[side.peer] / seconds[OURS], 3) for side in sides[1:]},
+        "first_step_seconds": {side.name: round(side.seconds[0], 2) for side in sides},
+        "peak_bytes": {side.name: side.peak_bytes for side in sides},
+        "mfu": mfu(flops_per_token * ours.tokens_per_second(warmup), matmul_tflops),
+    }
+    if DENSE in seconds:
+        report["moe_to_dense"] = round(seconds[OURS] / seconds[DENSE], 3)
+    return report
+
+
+def by_kernel(events: Iterable[Any]) -> dict[str, Any]:
+    """A profiler's averages -> GPU seconds, launches (copies and fills too), and the kernels that take longest."""
+    kernels = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    total = sum(e.self_device_time_total for e in kernels)
+    longest = sorted(kernels, key=lambda e: -e.self_device_time_total)[:TOP_KERNELS]
+    return {
+        "gpu_seconds": total / 1e6,
+        "launches": sum(e.count for e in kernels),
+        "kernels": [
+            {
+                "name": e.key, "calls": e.count, "us": round(e.self_device_time_total, 1),
+                "share": round(e.self_device_time_total / total, 4),
+            }
+            for e in longest
+        ],
+    }  # fmt: skip
+
+
+def host_waits(side: Side, batch: torch.Tensor) -> dict[str, int]:
+    """Lines of a step at which PyTorch waits for the GPU, and how often."""
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            side.train_step(batch)
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+    waits = [w for w in caught if "synchronizing" in str(w.message)]
+    return dict(Counter(f"{os.path.relpath(w.filename)}:{w.lineno}" for w in waits))
+
+
+def profile(side: Side, batch: torch.Tensor, warmup: int) -> dict[str, Any]:
+    """Where a step's time goes. A GPU that is busy for much less than the step waits for launches."""
+    waits = host_waits(side, batch)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        side.train_step(batch)
+        torch.cuda.synchronize()
+    found = by_kernel(profiler.key_averages())
+    seconds = side.median(warmup)
+    busy = round(found["gpu_seconds"] / seconds, 4)
+    return {"side": side.name, "step_seconds": seconds, "gpu_busy": busy, **found, "host_waits": waits}
+
+
+def parse(arguments: Sequence[str] | None, device: torch.device) -> argparse.Namespace:
+    """Options, with the defaults of the device; `config` is the model's."""
+    gpu = device.type == "cuda"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each side")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them, in every precision, at least 1")
     parser.add_argument("--compile", action="store_true", help="also transformers under torch.compile")
     parser.add_argument(
-        "--dtypes", nargs="+", choices=LOSS_TOLERANCE, default=list(LOSS_TOLERANCE), help="of all sides"
+        "--dtypes", nargs="+", choices=DTYPES, default=["bf16"] if gpu else list(DTYPES), help="of all sides"
     )
-    options = parser.parse_args()
-    if options.warmup < 1:
-        parser.error(f"--warmup: got {options.warmup}, allowed is 1 or more")
-    sides = contestants(options.compile, options.dtypes)
-    batches = torch.randint(0, MINI.vocab_size, (options.warmup + options.rounds, BATCH, LENGTH))
-    run(sides, batches[: options.warmup], "warm-up")
-    for side in sides:
-        if not abs(side.losses[0] - sides[0].losses[0]) < LOSS_TOLERANCE[side.dtype]:
-            raise SystemExit(f"{side.name}: first loss {side.losses[0]}, {sides[0].name} has {sides[0].losses[0]}")
+    parser.add_argument("--preset", choices=PRESETS, default="small" if gpu else None, help="instead of 9M parameters")
+    parser.add_argument("--batch", type=int, default=16 if gpu else 8, help="sequences")
+    parser.add_argument("--length", type=int, default=2048 if gpu else 256, help="tokens of each")
+    parser.add_argument("--sides", nargs="*", choices=(DENSE, *PEERS, *COMPILED), help="only these beside ours")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="GPU time by kernel of a step of ours, as JSON")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also writes what is printed")
+    options = parser.parse_args(arguments)
+    for name in ("rounds", "warmup", "batch", "length"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name}: got {getattr(options, name)}, allowed is 1 or more")
+    if options.profile and not gpu:
+        parser.error("--profile: there is no GPU here")
+    if options.sides is None:
+        options.sides = [*((DENSE,) if gpu else ()), *PEERS, *(COMPILED if options.compile else ())]
+    options.config = preset(options.preset, num_nextn_predict_layers=0) if options.preset else MINI
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    device = pick_device("auto")
+    options = parse(arguments, device)
+    config, warmup = options.config, options.warmup
+    matmul_tflops = 0.0
+    if device.type == "cuda":
+        with timing.side_stream(device):
+            matmul_tflops = timing.ceilings(device, repeats=20)["bf16_tflops"]
+    sides = contestants(config, device, [OURS, *options.sides], options.dtypes)
+    batches = torch.randint(0, config.vocab_size, (warmup + options.rounds, options.batch, options.length))
+    failed = run(sides, batches[:warmup], "warm-up")
+    sides = survivors(sides, failed)
+    check_losses(sides)
     warm = {side.name: round(side.fastest()) for side in sides}
     sides = [max((s for s in sides if s.peer == peer), key=Side.fastest) for peer in {s.peer: None for s in sides}]
-    run(sides, batches[options.warmup :], "round")
-    speed = {side.name: side.tokens_per_second(options.warmup) for side in sides}
-    ours = max(value for name, value in speed.items() if name.startswith("minids"))
-    theirs = max(value for name, value in speed.items() if name.startswith("transformers") and "compiled" not in name)
+    failed |= run(sides, batches[warmup:], "round")
+    sides = survivors(sides, failed)
+    speed = {side.name: side.tokens_per_second(warmup) for side in sides}
     parameters = sum(p.numel() for p in sides[0].model.parameters())
     report: dict[str, Any] = {
-        "what": f"training step, {BATCH} x {LENGTH} tokens, {parameters} parameters",
+        "what": f"training step, {options.batch} x {options.length} tokens, {parameters} parameters",
         "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {"torch": torch.__version__, "transformers": importlib.metadata.version("transformers")},
         "warm_up_tokens_per_second": warm,
         "tokens_per_second": {name: round(value) for name, value in speed.items()},
-        "ratio": round(ours / theirs, 3),
     }
-    if options.compile:
-        report["ratio_to_compiled"] = round(ours / max(v for n, v in speed.items() if "compiled" in n), 3)
+    for name, group in (("ratio", PEERS), ("ratio_to_compiled", COMPILED)):
+        if theirs := [speed[side.name] for side in sides if side.peer in group]:
+            report[name] = round(speed[sides[0].name] / max(theirs), 3)
+    if device.type == "cuda":
+        report["device"] = torch.cuda.get_device_name(device)
+        report |= gpu_report(sides, warmup, training_flops_per_token(config, options.length), matmul_tflops)
+    if failed:
+        report["failed"] = failed
+    if options.out:
+        write_json(options.out, report)
     print(json.dumps(report))
+    if options.profile:
+        write_json(options.profile, profile(sides[0], batches[-1], warmup))
 
 
 if __name__ == "__main__":

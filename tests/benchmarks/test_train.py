@@ -1,0 +1,155 @@
+"""What `benchmarks.train` counts and how it reads its options; test_whole_models.py runs it."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.autograd import DeviceType
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import first_step, train
+from benchmarks.cases import MINI
+from benchmarks.flops import active_ffn_width, active_matmul_parameters, training_flops_per_token
+from benchmarks.peers import autocast_experts, transformers_model
+from minids.config import ModelConfig, preset
+from minids.model import DeepseekV3
+
+TINY = ModelConfig(
+    vocab_size=48, hidden_size=24, intermediate_size=40, moe_intermediate_size=16, num_hidden_layers=3,
+    num_attention_heads=2, q_lora_rank=8, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6,
+    n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1, num_nextn_predict_layers=0,
+)  # fmt: skip
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def test_active_parameters_by_hand() -> None:
+    attention = 24 * 8 + 8 * 2 * 12 + 24 * (12 + 4) + 12 * 2 * (8 + 6) + 2 * 6 * 24
+    dense, moe = 3 * 24 * 40, 3 * 24 * (2 + 1) * 16 + 24 * 4
+    assert active_matmul_parameters(TINY) == 3 * attention + dense + 2 * moe + 24 * 48
+    assert training_flops_per_token(TINY, 10) == 6 * active_matmul_parameters(TINY) + 3 * 3 * 2 * (12 + 6) * 10
+
+
+@pytest.mark.parametrize("config", [TINY, MINI, preset("v2-lite", num_hidden_layers=2, vocab_size=64)])
+def test_active_parameters_are_the_models(config: ModelConfig) -> None:
+    with torch.device("meta"):
+        model = DeepseekV3(config)
+    vectors = sum(p.numel() for p in model.parameters() if p.dim() == 1)
+    embedding = model.model.embed_tokens.weight.numel()
+    assert active_matmul_parameters(config) == model.num_parameters(active=True) - embedding - vectors
+
+
+def test_flops_are_those_that_pytorch_counts() -> None:
+    """In transformers' model, which makes every score, masked or not, and multiplies frequencies by positions."""
+    length, batch = 16, 2
+    peer = transformers_model(DeepseekV3(TINY))
+    ids = torch.randint(0, TINY.vocab_size, (batch, length))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        peer(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    masked = training_flops_per_token(TINY, 2 * length) - training_flops_per_token(TINY, length)
+    counted = counter.get_total_flops() / (batch * length)
+    angles = TINY.qk_rope_head_dim  # at most, and not for every sequence
+    assert 0 <= counted - (training_flops_per_token(TINY, length) + masked) <= angles
+
+
+def test_dense_twin_multiplies_as_many_weights() -> None:
+    model = DeepseekV3(TINY)
+    twin = train.dense_twin(model)
+    matrices = sum(p.numel() for p in twin.parameters() if p.dim() > 1) - twin.model.embed_tokens.weight.numel()
+    gates = TINY.num_moe_layers * TINY.hidden_size * TINY.n_routed_experts
+    assert matrices == active_matmul_parameters(TINY) - gates
+    assert active_ffn_width(TINY) == twin.model.layers[1].mlp.up_proj.weight.shape[0] == 48
+    assert twin.model.layers[0].mlp.up_proj.weight.shape[0] == TINY.intermediate_size  # as in the model itself
+    ids = torch.randint(0, TINY.vocab_size, (2, 8))
+    assert train.our_loss(twin, ids).isfinite() and train.our_loss(model, ids).isfinite()
+
+
+def test_our_loss_moves_no_bias() -> None:
+    model = DeepseekV3(TINY)
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    train.our_loss(model, torch.randint(0, TINY.vocab_size, (2, 8))).backward()
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+
+
+def test_experts_of_the_peer_follow_autocast() -> None:
+    model = DeepseekV3(TINY)
+    peer = autocast_experts(transformers_model(model, "grouped_mm"))
+    ids = torch.randint(0, TINY.vocab_size, (2, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert peer.model.layers[1].mlp.experts.gate_up_proj.dtype == torch.bfloat16
+        loss = train.their_loss(peer, ids)
+    loss.backward()
+    torch.testing.assert_close(loss, train.our_loss(model, ids), atol=train.LOSS_TOLERANCE["bf16"], rtol=0)
+    weights = [p for name, p in peer.named_parameters() if "parametrizations" in name]
+    assert len(weights) == 4
+    assert all(p.dtype == torch.float32 and p.grad is not None and p.grad.any() for p in weights)
+
+
+def test_options_of_a_cpu() -> None:
+    options = train.parse([], CPU)
+    assert (options.config, options.batch, options.length, options.dtypes) == (MINI, 8, 256, ["fp32", "bf16"])
+    assert options.sides == list(train.PEERS)
+    assert train.parse(["--compile"], CPU).sides == [*train.PEERS, *train.COMPILED]
+
+
+def test_options_of_a_gpu() -> None:
+    options = train.parse([], GPU)
+    assert options.config == preset("small", num_nextn_predict_layers=0)
+    assert (options.batch, options.length, options.dtypes) == (16, 2048, ["bf16"])
+    assert options.sides == [train.DENSE, *train.PEERS]
+    assert train.parse(["--sides", "transformers eager"], GPU).sides == ["transformers eager"]
+    assert train.parse(["--preset", "mini", "--batch", "4"], GPU).config.hidden_size == 384
+
+
+@pytest.mark.parametrize("bad", [["--warmup", "0"], ["--batch", "0"], ["--profile", "x"], ["--sides", "liger"]])
+def test_options_that_are_refused(bad: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.parse(bad, CPU)
+
+
+def test_a_side_that_breaks_costs_the_others_nothing() -> None:
+    def breaks(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no memory\nat all")
+
+    ours, peer = (train.Side(name, DeepseekV3(TINY), train.our_loss, "fp32") for name in ("minids", "peer"))
+    peer.loss = breaks
+    failed = train.run([ours, peer], torch.randint(0, TINY.vocab_size, (2, 2, 8)), "warm-up")
+    assert failed == {"peer fp32": "RuntimeError: no memory"} and len(ours.seconds) == 2
+    assert train.survivors([ours, peer], failed) == [ours]
+    with pytest.raises(SystemExit, match="no memory"):
+        train.survivors([peer, ours], failed)
+
+
+def test_report_of_a_gpu() -> None:
+    sides = []
+    for name, seconds in (("minids", 0.5), ("minids dense", 0.4), ("transformers eager", 2.0)):
+        side = train.Side(name, torch.nn.Linear(2, 2), train.their_loss, "bf16")
+        side.seconds, side.tokens, side.peak_bytes = [9.0, seconds, seconds], 1000, 7
+        sides.append(side)
+    report = train.gpu_report(sides, 1, 1e12 * 0.1, 500.0)
+    assert report["moe_to_dense"] == 1.25 and report["ratio_to"]["transformers eager bf16"] == 4.0
+    assert report["first_step_seconds"]["minids bf16"] == 9.0 and report["peak_bytes"]["minids bf16"] == 7
+    assert report["mfu"]["model_tflops"] == 200.0 and report["mfu"]["of_measured_matmul"] == 0.4
+    assert report["mfu"]["of_sheet"] == round(200 / 989, 4)
+
+
+def test_kernels_by_time() -> None:
+    def event(key: str, us: float, count: int, device: DeviceType = DeviceType.CUDA, note: bool = False) -> object:
+        return SimpleNamespace(
+            key=key, self_device_time_total=us, count=count, device_type=device, is_user_annotation=note
+        )
+
+    found = train.by_kernel(
+        [event("a", 10, 2), event("b", 30, 1), event("launch", 5, 3, DeviceType.CPU), event("step", 40, 1, note=True)]
+    )
+    assert found["gpu_seconds"] == 40e-6 and found["launches"] == 3
+    assert [(k["name"], k["calls"], k["share"]) for k in found["kernels"]] == [("b", 1, 0.75), ("a", 2, 0.25)]
+
+
+def test_first_step(capsys: pytest.CaptureFixture[str]) -> None:
+    first_step.main(["--batch", "1", "--length", "16"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["cold"]["step"] > 0 and found["warm"]["seconds"] > found["warm"]["import"] > 0
