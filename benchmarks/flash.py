@@ -34,8 +34,8 @@ def flash_mla_decode(inputs: Inputs, v_dim: int, scale: float) -> Run:
     """`mla_decode`'s arguments (pages of 64). The first call works out the schedule that later ones are given."""
     q, cache, table, lengths = inputs.args
     run = library("_flashmla_C").dense_decode_fwd
-    *_, schedule, splits = run(q, cache.unsqueeze(2), v_dim, lengths, table, scale, True, None, None)
-    return lambda: run(q, cache.unsqueeze(2), v_dim, lengths, table, scale, True, schedule, splits)[0]
+    *_, schedule, splits = run(q, cache.unsqueeze(2), v_dim, lengths, table, scale, True, None, None, None)
+    return lambda: run(q, cache.unsqueeze(2), v_dim, lengths, table, scale, True, schedule, splits, None)[0]
 
 
 def _fa3(

@@ -50,9 +50,10 @@ def side_stream(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A warmed-up call: `replay()` is what is timed, `output()` what the last replay gave. `events`: why it is no
-    graph, "" if it is one or runs on a CPU."""
+    """A warmed-up call: `replay()` is what is timed, `output()` what the last replay gave. `run` owns the tensors that
+    a graph reads where they lay at its capture. `events`: why it is no graph, "" if it is one or runs on a CPU."""
 
+    run: Run
     replay: Callable[[], Any]
     output: Callable[[], Any]
     events: str = ""
@@ -65,7 +66,7 @@ def _called(run: Run, events: str = "", peak_bytes: int | None = None) -> Prepar
     def replay() -> None:
         last[0] = run()
 
-    return Prepared(replay, lambda: last[0], events, peak_bytes)
+    return Prepared(run, replay, lambda: last[0], events, peak_bytes)
 
 
 def prepare(run: Run, device: torch.device, pool: Any = None) -> Prepared:
@@ -98,7 +99,7 @@ def prepare(run: Run, device: torch.device, pool: Any = None) -> Prepared:
         raise
     except RuntimeError as error:
         return _called(run, f"cannot be captured: {first_line(error)}", peak)
-    return Prepared(graph.replay, lambda: output, "", peak)
+    return Prepared(run, graph.replay, lambda: output, "", peak)
 
 
 def first_line(error: BaseException) -> str:

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 def dense_decode_fwd(
     q: Tensor, k_cache: Tensor, head_size_v: int, seqlens_k: Tensor, block_table: Tensor, softmax_scale: float,
-    is_causal: bool, tile_scheduler_metadata: Tensor | None, num_splits: Tensor | None,
+    is_causal: bool, tile_scheduler_metadata: Tensor | None, num_splits: Tensor | None, out: None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     assert is_causal and k_cache.shape[1:3] == (64, 1) and seqlens_k.dtype == block_table.dtype == torch.int32
     assert (tile_scheduler_metadata is None) == (num_splits is None)

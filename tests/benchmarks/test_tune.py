@@ -63,7 +63,8 @@ def test_who_is_far_from_the_fastest_is_timed_no_more() -> None:
     called: list[str] = []
 
     def call(name: str, ms: float) -> timing.Prepared:
-        return timing.Prepared(lambda: (called.append(name), time.sleep(ms / 1e3)), lambda: None)
+        run = lambda: (called.append(name), time.sleep(ms / 1e3))  # noqa: E731
+        return timing.Prepared(run, run, lambda: None)
 
     prepared = {"0": call("0", 20), "1": call("1", 5), "2": call("2", 20)}
     timings = tune.measure(prepared, 7, torch.device("cpu"))

@@ -1,0 +1,24 @@
+"""A captured call's replays give what the call gives, also when nobody else holds what it reads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import timing
+
+
+def prepared(device: torch.device) -> timing.Prepared:
+    x = torch.arange(4096.0, device=device)
+    return timing.prepare(lambda: x + 1, device)
+
+
+@pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_keeps_what_the_call_reads(name: str) -> None:
+    device = torch.device(name)
+    with timing.side_stream(device):
+        call = prepared(device)
+        others = [torch.full((4096,), -1.0, device=device) for _ in range(64)]  # lie where memory was let go
+        call.replay()
+        assert torch.equal(call.output(), torch.arange(4096.0, device=device) + 1)
+    assert all(other.eq(-1).all() for other in others)
