@@ -200,17 +200,19 @@ def tuning(device: torch.device) -> dict[str, Tuning]:
 
     def candidates(shape: Mapping[str, int]) -> list[dict[str, Any]]:
         common: dict[str, Any] = dict(BLOCK_K=(128,), STRIPE=(8,))
-        if shape["M"] <= 64:
-            width = (max(16, shape["M"]),)
-            return combinations(
-                TMA=(True, False), SWAP=(True,), BLOCK_P=(64, 128), BLOCK_Q=width, STAGES=(3, 4, 5, 6),
-                num_warps=(4, 8), **common,
+        if shape["M"] <= 128:
+            swapped = combinations(
+                TMA=(True,), SWAP=(True,), BLOCK_P=(64, 128), BLOCK_Q=(max(16, min(64, shape["M"])),),
+                STAGES=(4, 6, 8), num_warps=(4,), **common,
             )  # fmt: skip
+            return swapped + combinations(
+                TMA=(True,), BLOCK_P=(64,), BLOCK_Q=(16, 32, 64, 128), STAGES=(3, 4, 6, 8), num_warps=(4,), **common
+            )
         plain = combinations(
             TMA=(True, False), BLOCK_P=(64, 128), BLOCK_Q=(64, 128, 256), STAGES=(3, 4), num_warps=(4, 8), **common
         )
         persistent = combinations(
-            PERSISTENT=(True,), BLOCK_P=(128,), BLOCK_Q=(64, 128), num_stages=(3, 4, 5), num_warps=(4,), **common
+            PERSISTENT=(True,), BLOCK_P=(128,), BLOCK_Q=(64, 128, 256), num_stages=(3, 4), num_warps=(8,), **common
         )
         return plain + persistent
 
