@@ -136,8 +136,13 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
 def tuning(device: torch.device) -> dict[str, Tuning]:
     """On sequences of 4,096 rows; the table for fp32, which no product of V3's uses, stays as it is."""
 
-    def bind(batch: int, rows: int, v_dim: int) -> Run:
-        case = _case(batch, 1, rows, 4096, v_dim, 64 if v_dim > 128 else 16, DTYPE, device)
+    def bind(shape: Mapping[str, int], fp8: bool) -> Run:
+        v_dim = shape["v_dim"]
+        case = _case(64, 1, shape["rows"], 4096, v_dim, 64 if v_dim > 128 else 16, DTYPE, device)
+        return (_fp8_case(case) if fp8 else case).contestants[OURS].bind(case.make())
+
+    def combine(shape: Mapping[str, int]) -> Run:
+        case = _case(shape["batch"], 1, 16, 4096, 512, 64, DTYPE, device)
         return case.contestants[OURS].bind(case.make())
 
     def decode(shape: Mapping[str, int]) -> list[dict[str, Any]]:
@@ -147,9 +152,10 @@ def tuning(device: torch.device) -> dict[str, Tuning]:
         )  # fmt: skip
 
     return {
-        "mla_decode": Tuning(lambda shape: bind(64, shape["rows"], shape["v_dim"]), decode),
+        "mla_decode": Tuning(lambda shape: bind(shape, fp8=False), decode),
+        "mla_decode_fp8": Tuning(lambda shape: bind(shape, fp8=True), decode),
         "mla_decode_combine": Tuning(
-            lambda shape: bind(shape["batch"], 16, 512),
+            combine,
             lambda shape: combinations(SLOTS=(2, 4, 8, 16), NUMBERS=(128, 512, 1024, 4096), num_warps=(4, 8)),
         ),
     }
