@@ -192,7 +192,7 @@ def test_what_is_refused(ids: Tensor) -> None:
             model(ids[:, 4:], attention_mask=mask, past_key_values=cache)
         with pytest.raises(ValueError, match="cu_seq_lens_q: got a tensor"):
             model(ids, cu_seq_lens_q=torch.tensor([0, 18]))
-    with pytest.raises(ValueError, match="past_key_values: got a StaticCache of fixed length"):
+    with pytest.raises(ValueError, match="cache: got a StaticCache of fixed length"):
         model.generate(ids, max_new_tokens=2, cache_implementation="static")
     with pytest.raises(ValueError, match=r"attention_dropout: got 0\.1 in training"):
         model.train()(ids)

@@ -110,15 +110,17 @@ def _absorbed(self: Any, q: Tensor, latent: Tensor, rotary: Tensor, seen: Tensor
 
 def _attention(
     self: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], attention_mask: Tensor | None,
-    past_key_values: Any = None, **kwargs: Any,
+    cache: Any = None, past_key_values: Any = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
+    """transformers before 5.24 calls its cache past_key_values."""
+    cache = past_key_values if cache is None else cache
     if self.training and self.attention_dropout:
         raise ValueError(f"attention_dropout: got {self.attention_dropout} in training, allowed is 0")
     if kwargs.get("cu_seq_lens_q") is not None:
         raise ValueError("cu_seq_lens_q: got a tensor, allowed is None (packed documents are not served)")
-    if getattr(past_key_values, "is_compileable", False):
-        kind = type(past_key_values).__name__
-        raise ValueError(f"past_key_values: got a {kind} of fixed length, allowed are caches that grow (DynamicCache)")
+    if getattr(cache, "is_compileable", False):
+        kind = type(cache).__name__
+        raise ValueError(f"cache: got a {kind} of fixed length, allowed are caches that grow (DynamicCache)")
     if self.q_lora_rank is None:
         q = self.q_proj(hidden_states)
     else:
@@ -131,8 +133,8 @@ def _attention(
     rotate = own.apply_rotary_pos_emb_interleave if self.config.rope_interleave else own.apply_rotary_pos_emb
     rotary_q, rotary = rotate(rotary_q.transpose(1, 2), rotary.unsqueeze(1), *position_embeddings)
     q = torch.cat((nope, rotary_q.transpose(1, 2)), dim=-1)
-    if past_key_values is not None:
-        latent, rotary = past_key_values.update(latent, rotary, self.layer_idx)
+    if cache is not None:
+        latent, rotary = cache.update(latent, rotary, self.layer_idx)
     latent, rotary = latent.squeeze(1), rotary.squeeze(1)
     seen = _seen(attention_mask, q.shape[1], latent.shape[1])
     attend = _expanded if latent.shape[1] == q.shape[1] else _absorbed
