@@ -56,13 +56,18 @@ TILE = 128
 LEAST_SCALE = 2.0**-126  # its reciprocal is still finite
 
 
+def _over_448(amax: Tensor) -> Tensor:
+    """Rounded once. By a Python number CUDA tensors would not be divided but multiplied by its rounded reciprocal."""
+    return amax / amax.new_full((), 448.0)
+
+
 def _reference(x: Tensor, rows: int, cols: int, scale_format: ScaleFormat) -> tuple[Tensor, Tensor]:
     """x [M, K] in tiles of [rows, cols] -> codes [M, K], scales [ceil(M / rows), ceil(K / cols)]."""
     m, k = x.shape
     padded = F.pad(x.float(), (0, -k % cols, 0, -m % rows))
     tiles = padded.view(padded.shape[0] // rows, rows, padded.shape[1] // cols, cols)
     amax = tiles.nan_to_num(0.0, math.inf, -math.inf).abs().amax((1, 3))
-    scales = (amax / 448.0).clamp(min=LEAST_SCALE)
+    scales = _over_448(amax).clamp(min=LEAST_SCALE)
     if scale_format == "ue8m0":
         mantissa, exponent = torch.frexp(scales)
         power = torch.ldexp(torch.ones_like(scales), exponent - (mantissa == 0.5).int())
@@ -346,7 +351,7 @@ def _torch_quantize(x: Tensor, tile_m: int, tile: int, ue8m0: bool, deepseek: bo
     amax = _torch_amax(tiles)
     if amax.isnan().any():
         amax = _torch_amax(tiles.nan_to_num(0.0, math.inf, -math.inf))
-    scales = amax.clamp(min=1e-4) / 448.0 if deepseek else (amax / 448.0).clamp_(min=LEAST_SCALE)
+    scales = _over_448(amax.clamp(min=1e-4)) if deepseek else _over_448(amax).clamp_(min=LEAST_SCALE)
     if ue8m0:
         scales = scales.view(torch.int32).add_(0x7FFFFF).bitwise_and_(0x7F800000).view(torch.float32)
     out = None if tiles.data_ptr() == x.data_ptr() else tiles
