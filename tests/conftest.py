@@ -10,16 +10,17 @@ THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count(
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
-for name in ("MINIDS_CACHE", "TRITON_INTERPRET"):
+for name in ("MINIDS_CACHE", "MINIDS_KERNELS", "TRITON_INTERPRET"):
     os.environ.pop(name, None)
-os.environ["MINIDS_KERNELS"] = "torch"  # what a CPU tensor gets without a word; the `backend` fixture asks for Triton
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS refuses torch's deterministic mode
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(THREADS)
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: kernels run on CPU tensors where asked to
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: kernels run on CPU tensors where asked to,
+    os.environ["MINIDS_KERNELS"] = "torch"  # by the `backend` fixture
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
