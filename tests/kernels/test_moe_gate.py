@@ -43,8 +43,11 @@ def test_both_paths_agree_with_the_reference(
         ids, *got = gradients(moe_gate, logits, bias, shape, norm)
     want_ids, *want = gradients(moe_gate_reference, logits, bias, shape, norm)
     assert torch.equal(ids, want_ids)
-    for a, b in zip(got, want, strict=True):  # some 8 operations in a row, sums of up to top_k terms
-        assert_near(a, b.double(), error_bound(torch.float32, 16, shape[1]))
+    # some 8 operations in a row, sums of up to top_k terms; normalised, gradients are differences of numbers of size 1,
+    # and a handful of them may all be small
+    floors = 0.0, 0.0, float(logits.numel() < 50)
+    for a, b, floor in zip(got, want, floors, strict=True):
+        assert_near(a, b.double(), error_bound(torch.float32, 16, shape[1]), floor=floor)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
