@@ -22,17 +22,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 from benchmarks.aot import record
-from tests.kernels.numerics import assert_near, error_bound, poisoned_memory
+from tests.kernels.numerics import assert_near, error_bound, poisoned_memory, tensor_core_error
 
 Operand = tuple[Tensor, Tensor]
 
 
 def tiles(x: Operand) -> Tensor:
-    return dequantize_tiles(*(t.cpu() for t in x), torch.float32).double()
+    return dequantize_tiles(*x, torch.float32).double().cpu()
 
 
 def blocks(w: Operand) -> Tensor:
-    return dequantize_blocks(*(t.cpu() for t in w), torch.float32).double()
+    return dequantize_blocks(*w, torch.float32).double().cpu()
 
 
 def column_major(x: Operand) -> Operand:
@@ -43,10 +43,9 @@ def column_major(x: Operand) -> Operand:
     return codes, padded.T[: scales.shape[0]]
 
 
-def bound(dtype: torch.dtype, length: int) -> float:
-    """One rounding to `dtype` (the interpreter cuts bf16 off) and sums in fp32; Hopper's tensor cores keep 14 bits."""
-    tensor_core = 2.0**-13 if torch.cuda.is_available() else 0.0
-    return error_bound(dtype, 2, 1) + error_bound(torch.float32, 2, length) + tensor_core
+def bound(dtype: torch.dtype, length: int, device: torch.device) -> float:
+    """One rounding to `dtype` (the interpreter cuts bf16 off) and sums in fp32."""
+    return error_bound(dtype, 2, 1) + error_bound(torch.float32, 2, length) + tensor_core_error(device, length)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -54,7 +53,7 @@ def test_dense(dtype: torch.dtype, device: torch.device) -> None:
     """Written, and added to c: another tensor, or d itself; tiles for both operands, as weight gradients have them."""
     a, b = torch.randn(20, 256, device=device), torch.randn(140, 256, device=device)
     left, right = column_major(quantize_tiles(a)), quantize_blocks(b)
-    want, near = tiles(left) @ blocks(right).T, bound(dtype, 256)
+    want, near = tiles(left) @ blocks(right).T, bound(dtype, 256, device)
     c = (16 * torch.randn(20, 140, device=device)).to(dtype)
     with poisoned_memory():
         d = torch.empty(20, 140, dtype=dtype, device=device)
@@ -73,7 +72,7 @@ def test_dense(dtype: torch.dtype, device: torch.device) -> None:
 @pytest.mark.parametrize("ks", [[128, 0, 256], [0, 128], [0]], ids=str)
 def test_k_grouped(ks: list[int], layout: str, device: torch.device) -> None:
     """Weights' gradients: written, and added to c, another tensor or d itself; zero or c for a group without rows."""
-    parts = [tuple(quantize_tiles(torch.randn(rows, k)) for rows in (40, 24)) for k in ks]
+    parts = [tuple(quantize_tiles(torch.randn(rows, k, device=device)) for rows in (40, 24)) for k in ks]
     want = torch.stack([tiles(left) @ tiles(right).T for left, right in parts])
     operands = []
     for side in zip(*parts, strict=True):
@@ -84,10 +83,10 @@ def test_k_grouped(ks: list[int], layout: str, device: torch.device) -> None:
             pair = torch.cat([t.T for t in codes]), torch.cat([t.T for t in scales])
         else:
             pair = torch.cat([t.flatten() for t in codes]), torch.cat(scales, dim=1)
-        operands.append((pair[0].view(torch.float8_e4m3fn).to(device), pair[1].to(device)))
+        operands.append((pair[0].view(torch.float8_e4m3fn), pair[1]))
     function = k_grouped_fp8_gemm_tn_contiguous if layout == "tn" else k_grouped_fp8_gemm_nt_contiguous
     lengths = torch.tensor(ks, dtype=torch.int32, device=device)
-    c, near = torch.randn(len(ks), 40, 24, device=device), bound(torch.float32, 256)
+    c, near = torch.randn(len(ks), 40, 24, device=device), bound(torch.float32, 256, device)
     with poisoned_memory():
         d = torch.empty_like(c)
         function(*operands, d, ks, lengths)
@@ -133,27 +132,27 @@ def test_grouped_contiguous(counts: list[int], alignment: int, device: torch.dev
             for g, (n, m) in enumerate(zip(counts, padded, strict=True))
         ]
     )
-    a = torch.randn(len(indices), 256) * (indices >= 0)[:, None]
-    weights = [quantize_blocks(torch.randn(40, 256)) for _ in counts]
-    left = tuple(t.to(device) for t in column_major(quantize_tiles(a)))
-    right = tuple(torch.stack(parts).to(device) for parts in zip(*weights, strict=True))
+    a = (torch.randn(len(indices), 256) * (indices >= 0)[:, None]).to(device)
+    weights = [quantize_blocks(torch.randn(40, 256, device=device)) for _ in counts]
+    left = column_major(quantize_tiles(a))
+    right = tuple(torch.stack(parts) for parts in zip(*weights, strict=True))
     with poisoned_memory():
         d = torch.empty(len(indices), 40, dtype=torch.bfloat16, device=device)
         m_grouped_fp8_gemm_nt_contiguous(left, right, d, indices.to(device))
     rows = tiles(left)
     want = torch.stack([rows[i] @ blocks(weights[g]).T if g >= 0 else rows[i, :40] for i, g in enumerate(indices)])
     used = indices >= 0
-    assert_near(d.cpu()[used], want[used], bound(torch.bfloat16, 256))
+    assert_near(d.cpu()[used], want[used], bound(torch.bfloat16, 256, device))
     assert d.isfinite().all()
 
 
 def masked(counts: list[int], rows: int, device: torch.device) -> tuple[Operand, Operand, Tensor]:
     """a, b and masked_m of `counts` in room for `rows` each; codes and scales behind a group's rows are NaN."""
-    a = [column_major(quantize_tiles(torch.randn(rows, 256))) for _ in counts]
-    b = [quantize_blocks(torch.randn(40, 256)) for _ in counts]
+    a = [column_major(quantize_tiles(torch.randn(rows, 256, device=device))) for _ in counts]
+    b = [quantize_blocks(torch.randn(40, 256, device=device)) for _ in counts]
     for (codes, scales), count in zip(a, counts, strict=True):
         codes.view(torch.uint8)[count:], scales[count:] = 0x7F, torch.nan
-    left, right = (tuple(torch.stack(parts).to(device) for parts in zip(*pairs, strict=True)) for pairs in (a, b))
+    left, right = (tuple(torch.stack(parts) for parts in zip(*pairs, strict=True)) for pairs in (a, b))
     return left, right, torch.tensor(counts, dtype=torch.int32, device=device)
 
 
@@ -170,7 +169,7 @@ def test_grouped_masked(counts: list[int], device: torch.device) -> None:
     m_grouped_fp8_gemm_nt_masked(left, right, d, sizes, 35)
     for g, count in enumerate(counts):
         want = tiles((left[0][g, :count], left[1][g, :count])) @ blocks((right[0][g], right[1][g])).T
-        assert_near(d[g, :count].cpu(), want, bound(torch.bfloat16, 256))
+        assert_near(d[g, :count].cpu(), want, bound(torch.bfloat16, 256, device))
         assert (d[g, count:] == 7).all()
 
 

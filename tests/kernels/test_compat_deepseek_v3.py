@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from minids_kernels.compat import deepseek_v3
 from torch import Tensor, nn
 
-from tests.kernels.numerics import assert_near, error_bound
+from tests.kernels.numerics import assert_near, error_bound, tensor_core_error
 from tests.kernels.test_fp8_quant import E4M3, assert_same_bits
 
 BLOCK = 128
@@ -114,8 +114,7 @@ def test_fp8_gemm(shape: tuple[int, ...], default_dtype: torch.dtype, device: to
     got = deepseek_v3.fp8_gemm(codes, scales, codes_w, scales_w)
     want = formula_fp8_gemm(codes.double().to(E4M3), scales, codes_w, scales_w)
     assert got.dtype == default_dtype and got.shape == (*shape, 140)
-    # Hopper's tensor cores keep some 14 bits of a group's sum
-    bound = error_bound(default_dtype, 2, 256) + (2**-13 if device.type == "cuda" else 0)
+    bound = error_bound(default_dtype, 2, 256) + tensor_core_error(device, 256)
     assert_near(got, want.double(), bound)
 
 

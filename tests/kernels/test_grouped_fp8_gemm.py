@@ -35,7 +35,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 from benchmarks.aot import record
-from tests.kernels.numerics import LAYOUTS, assert_near, error_bound, poisoned_memory, run
+from tests.kernels.numerics import LAYOUTS, assert_near, chip, error_bound, poisoned_memory, run, tensor_core_error
 
 room = importlib.import_module("minids_kernels.grouped_fp8_gemm")
 
@@ -58,17 +58,14 @@ WAYS = {
 
 @pytest.fixture(params=["torch", *WAYS])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The PyTorch path, then kernels with codes widened and not, and fetched by descriptors. On a GPU, those of its own
-    chip."""
+    """The PyTorch path, then kernels with codes widened and not, and fetched by descriptors. On a GPU, those of no
+    newer chip."""
     name = str(request.param)
     monkeypatch.setattr(_launch, "BACKEND", "torch" if name == "torch" else "triton")
     if name != "torch":
         arch, tile = WAYS[name]
-        if torch.cuda.is_available():
-            major, minor = torch.cuda.get_device_capability()
-            oldest, chip = int(arch[3:]), 10 * major + minor
-            if chip < oldest or oldest < 89 <= chip:
-                pytest.skip(f"the machine's GPU is no {arch}")
+        if torch.cuda.is_available() and torch.cuda.get_device_capability() < chip(arch):
+            pytest.skip(f"the machine's GPU is older than {arch}")
         monkeypatch.setattr(_launch, "arch", lambda x: arch)
         real = _launch.config
 
@@ -100,43 +97,42 @@ def blocks(w: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(codes), torch.stack(scales)
 
 
-def operands(counts: Sequence[int], spare: int, width: int, depth: int) -> list[Tensor]:
-    a, b = spread(sum(counts) + spare, depth), spread(len(counts), width, depth)
-    return [*quantize_tiles(a), *blocks(b), offsets_of(counts)]
+def operands(counts: Sequence[int], spare: int, width: int, depth: int, device: torch.device) -> list[Tensor]:
+    a, b = spread(sum(counts) + spare, depth).to(device), spread(len(counts), width, depth).to(device)
+    return [*quantize_tiles(a), *blocks(b), offsets_of(counts, device)]
 
 
-def segments(counts: Sequence[int], spare: int, width: int, depth: int) -> list[Tensor]:
-    offsets = offsets_of(counts)
-    dy, x = spread(sum(counts) + spare, width), spread(sum(counts) + spare, depth)
+def segments(counts: Sequence[int], spare: int, width: int, depth: int, device: torch.device) -> list[Tensor]:
+    offsets, rows = offsets_of(counts, device), sum(counts) + spare
+    dy, x = spread(rows, width).to(device), spread(rows, depth).to(device)
     return [*quantize_segments_transposed(dy, offsets), *quantize_segments_transposed(x, offsets), offsets]
 
 
 def tiles(codes: Tensor, scale: Tensor) -> Tensor:
-    return dequantize_tiles(codes, scale, torch.float32).double()
+    return dequantize_tiles(codes, scale, torch.float32).double().cpu()
 
 
 def exact(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Sequence[int]) -> Tensor:
-    """One product an expert; rows of nobody are zero."""
+    """One product an expert, on the CPU; rows of nobody are zero."""
     pieces = tiles(a, a_scale)[: sum(counts)].split(list(counts))
-    weights = [dequantize_blocks(*pair, torch.float32).double() for pair in zip(b, b_scale, strict=True)]
+    weights = [dequantize_blocks(*pair, torch.float32).double().cpu() for pair in zip(b, b_scale, strict=True)]
     out = torch.zeros(a.shape[0], b.shape[1], dtype=torch.float64)
     out[: sum(counts)] = torch.cat([piece @ weight.T for piece, weight in zip(pieces, weights, strict=True)])
     return out
 
 
-def bound(dtype: torch.dtype, length: int) -> float:
-    """One rounding to `dtype`, sums of `length` terms in fp32, a rounding of each scale product. Hopper's tensor cores
-    keep some 14 bits of a group's sum: an error of 2^-13 of its largest term. The interpreter cuts bf16 off."""
-    tensor_core = 2.0**-13 if torch.cuda.is_available() else 0.0
-    return error_bound(dtype, 2, 1) + error_bound(torch.float32, 2, length) + tensor_core
+def bound(dtype: torch.dtype, length: int, device: torch.device) -> float:
+    """One rounding to `dtype`, sums of `length` terms in fp32, a rounding of each scale product. The interpreter cuts
+    bf16 off."""
+    return error_bound(dtype, 2, 1) + error_bound(torch.float32, 2, length) + tensor_core_error(device, length)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_forward(size: tuple[list[int], int, int, int], way: str, device: torch.device) -> None:
-    tensors = operands(*size)
+    tensors = operands(*size, device)
     with poisoned_memory():
-        got = grouped_fp8_gemm(*(t.to(device) for t in tensors), torch.float32)
-    assert_near(got.cpu(), exact(*tensors[:4], size[0]), bound(torch.float32, size[3]), way)
+        got = grouped_fp8_gemm(*tensors, torch.float32)
+    assert_near(got.cpu(), exact(*tensors[:4], size[0]), bound(torch.float32, size[3], device), way)
     assert not got[sum(size[0]) :].any()
 
 
@@ -144,23 +140,22 @@ def test_forward(size: tuple[list[int], int, int, int], way: str, device: torch.
 def test_weight_gradient(size: tuple[list[int], int, int, int], way: str, device: torch.device) -> None:
     """Written, and added to what is there. Each expert's rows are quantised alone: no tile holds two experts'."""
     counts, spare, width, depth = size
-    offsets, rows = offsets_of(counts), sum(counts) + spare
-    dy, x = spread(rows, width), spread(rows, depth)
+    offsets, rows = offsets_of(counts, device), sum(counts) + spare
+    dy, x = spread(rows, width).to(device), spread(rows, depth).to(device)
     pairs = [[t[s:e] for t in (dy, x)] for s, e in itertools.pairwise(offsets.tolist())]
     want = torch.stack(
         [tiles(*quantize_tiles_transposed(dy_e)) @ tiles(*quantize_tiles_transposed(x_e)).T for dy_e, x_e in pairs]
     )
-    on_device = offsets.to(device)
     with poisoned_memory():
-        codes = [t for x in (dy, x) for t in quantize_segments_transposed(x.to(device), on_device)]
-        got = grouped_fp8_gemm_wgrad(*codes, on_device)
-    assert_near(got.cpu(), want, bound(torch.float32, rows), way)
+        codes = [t for x in (dy, x) for t in quantize_segments_transposed(x, offsets)]
+        got = grouped_fp8_gemm_wgrad(*codes, offsets)
+    assert_near(got.cpu(), want, bound(torch.float32, rows, device), way)
     start = torch.randn(want.shape) * (want.square().mean().sqrt().float() + 1)
     out = start.clone().to(device)
-    assert grouped_fp8_gemm_wgrad(*codes, on_device, out=out) is out
-    assert_near(out.cpu(), start.double() + want, bound(torch.float32, rows), way)
+    assert grouped_fp8_gemm_wgrad(*codes, offsets, out=out) is out
+    assert_near(out.cpu(), start.double() + want, bound(torch.float32, rows, device), way)
     turned = start.transpose(0, 2).contiguous().transpose(0, 2).to(device)
-    assert torch.equal(grouped_fp8_gemm_wgrad(*codes, on_device, out=turned), out)
+    assert torch.equal(grouped_fp8_gemm_wgrad(*codes, offsets, out=turned), out)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -189,10 +184,10 @@ def test_quantisation_of_segments(counts: list[int], dtype: torch.dtype, way: st
 def test_references() -> None:
     """They are products in fp32 of values in fp32: a rounding each."""
     counts, spare, width, depth = SIZES[1]
-    tensors = operands(counts, spare, width, depth)
+    tensors = operands(counts, spare, width, depth, torch.device("cpu"))
     near = error_bound(torch.float32, 2, depth)
     assert_near(grouped_fp8_gemm_reference(*tensors, torch.float32), exact(*tensors[:4], counts), near)
-    codes = segments([130, 0, 7], 2, 20, 30)
+    codes = segments([130, 0, 7], 2, 20, 30, torch.device("cpu"))
     assert_near(grouped_fp8_gemm_wgrad(*codes), grouped_fp8_gemm_wgrad_reference(*codes).double(), near)
 
 
@@ -209,13 +204,13 @@ def test_linear(dtype: torch.dtype, size: tuple[list[int], int, int, int], way: 
     with poisoned_memory():
         y, (dx, dw) = run(lambda x, w: grouped_fp8_linear(x, w, offsets), [x, w], dy)
     assert y.dtype == dx.dtype == dw.dtype == dtype
-    codes, scales = blocks(w.cpu())
+    codes, scales = blocks(w)
     turned = codes.view(torch.uint8).transpose(1, 2).contiguous().view(E4M3), scales.transpose(1, 2).contiguous()
-    near = bound(dtype, max(width, depth, rows))
-    assert_near(y.cpu(), exact(*quantize_tiles(x.cpu()), codes, scales, counts), near, "y")
-    assert_near(dx.cpu(), exact(*quantize_tiles(dy.cpu()), *turned, counts), near, "dx")
+    near = bound(dtype, max(width, depth, rows), device)
+    assert_near(y.cpu(), exact(*quantize_tiles(x), codes, scales, counts), near, "y")
+    assert_near(dx.cpu(), exact(*quantize_tiles(dy), *turned, counts), near, "dx")
     for expert, (start, end) in enumerate(itertools.pairwise(offsets.tolist())):
-        left, right = (tiles(*quantize_tiles_transposed(t[start:end].cpu())) for t in (dy, x))
+        left, right = (tiles(*quantize_tiles_transposed(t[start:end])) for t in (dy, x))
         assert_near(dw[expert].cpu(), left @ right.T, near, f"dw {expert}")
 
 
@@ -265,7 +260,7 @@ def test_segments_do_not_meet(counts: list[int], way: str, device: torch.device)
 @pytest.mark.parametrize("counts", [[3, 9, 2], [20, 145, 6]], ids=["few rows", "many rows"])
 def test_nan_stays_where_it_is(counts: list[int], way: str, device: torch.device) -> None:
     """What others hold, codes and scales, is multiplied with nothing of one's own."""
-    a, a_scale, b, b_scale, offsets = (t.to(device) for t in operands(counts, 4, 24, 140))
+    a, a_scale, b, b_scale, offsets = operands(counts, 4, 24, 140, device)
     first, last = counts[0], counts[0] + counts[1]
     want = grouped_fp8_gemm(a, a_scale, b, b_scale, offsets)
     others = torch.ones(len(a), dtype=torch.bool, device=device)
@@ -275,7 +270,7 @@ def test_nan_stays_where_it_is(counts: list[int], way: str, device: torch.device
     got = grouped_fp8_gemm(a, a_scale, b, b_scale, offsets)
     assert torch.equal(got[first:last], want[first:last]) and got[:first].isnan().all()
 
-    *codes, offsets = (t.to(device) for t in segments(counts, 4, 24, 40))
+    *codes, offsets = segments(counts, 4, 24, 40, device)
     want = grouped_fp8_gemm_wgrad(*codes, offsets)
     group = first // 128 + 1
     others = torch.ones(codes[1].shape[1], dtype=torch.bool, device=device)
@@ -302,33 +297,34 @@ def test_descriptors_stand_for_what_they_can(steps: int, experts: int) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_strides_do_not_matter(layout: Callable[[Tensor], Tensor], way: str, device: torch.device) -> None:
     for op, tensors in (
-        (grouped_fp8_gemm, operands([20, 0, 15], 2, 140, 144)), (grouped_fp8_gemm_wgrad, segments([7, 130], 2, 9, 20)),
-    ):  # fmt: skip
-        *tensors, offsets = (t.to(device) for t in tensors)
+        (grouped_fp8_gemm, operands([20, 0, 15], 2, 140, 144, device)),
+        (grouped_fp8_gemm_wgrad, segments([7, 130], 2, 9, 20, device)),
+    ):
+        *tensors, offsets = tensors
         strided = [layout(t.view(torch.uint8)).view(E4M3) if t.dtype == E4M3 else layout(t) for t in tensors]
-        assert_near(op(*strided, offsets), op(*tensors, offsets).double(), bound(torch.bfloat16, 144))
+        assert_near(op(*strided, offsets), op(*tensors, offsets).double(), bound(torch.bfloat16, 144, device))
 
 
 def test_dtypes_of_the_result_and_the_same_bits_twice(way: str, device: torch.device) -> None:
     counts, *rest = SIZES[5]
-    tensors = [t.to(device) for t in operands(counts, *rest)]
-    want = exact(*(t.cpu() for t in tensors[:4]), counts)
+    tensors = operands(counts, *rest, device)
+    want = exact(*tensors[:4], counts)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         scaled = [tensors[0], tensors[1] * 2**-12, *tensors[2:]]  # within fp16's range
         got = grouped_fp8_gemm(*scaled, dtype)
         assert got.dtype == dtype
-        assert_near(got.cpu(), want * 2**-12, bound(dtype, rest[2]) + error_bound(torch.bfloat16, 1, 1), way)
+        assert_near(got.cpu(), want * 2**-12, bound(dtype, rest[2], device) + error_bound(torch.bfloat16, 1, 1), way)
         assert torch.equal(got, grouped_fp8_gemm(*scaled, dtype))
 
 
 def test_launch_tables_serve_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the tables choose is right too, on the chip the interpreter stands for."""
     monkeypatch.setattr(_launch, "BACKEND", "triton")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for counts in ([5, 9], [30, 0, 70]):
-        tensors = operands(counts, 1, 140, 140)
-        got = grouped_fp8_gemm(*(t.to(device) for t in tensors), torch.float32)
-        assert_near(got.cpu(), exact(*tensors[:4], counts), bound(torch.float32, 140))
+        tensors = operands(counts, 1, 140, 140, device)
+        got = grouped_fp8_gemm(*tensors, torch.float32)
+        assert_near(got.cpu(), exact(*tensors[:4], counts), bound(torch.float32, 140, device))
 
 
 @pytest.mark.parametrize("tokens", [17, 200])
@@ -353,9 +349,9 @@ def test_no_count_leaves_the_device(tokens: int) -> None:
 def test_registration(way: str, device: torch.device) -> None:
     """All of opcheck but the schema's test, which multiplies the inputs: torch cannot multiply fp8."""
     tests = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    tensors = [t.to(device) for t in operands([5, 0, 40], 2, 20, 40)]
+    tensors = operands([5, 0, 40], 2, 20, 40, device)
     opcheck(ops.grouped_fp8_gemm.default, (*tensors, torch.float32), test_utils=tests)
-    tensors = [t.to(device) for t in segments([5, 0, 40], 2, 20, 40)]
+    tensors = segments([5, 0, 40], 2, 20, 40, device)
     opcheck(ops.grouped_fp8_gemm_wgrad.default, tuple(tensors), test_utils=tests)
     opcheck(ops.grouped_fp8_gemm_wgrad_add.default, (*tensors, torch.zeros(3, 20, 40, device=device)), test_utils=tests)
     x, w = torch.randn(47, 40, device=device), torch.randn(3, 20, 40, device=device)
