@@ -26,23 +26,23 @@ Inputs = Callable[[], list[Tensor]]
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return kernels.mla_attention(q, k, v, CU_SEQLENS)
+    return kernels.mla_attention(q, k, v, CU_SEQLENS.to(q.device))
 
 
 def _attention_of_parts(q: Tensor, k_nope: Tensor, k_pe: Tensor, v: Tensor) -> Tensor:
-    return kernels.mla_attention(q, (k_nope, k_pe), v, CU_SEQLENS)
+    return kernels.mla_attention(q, (k_nope, k_pe), v, CU_SEQLENS.to(q.device))
 
 
 def _cross_entropy(x: Tensor, weight: Tensor) -> Tensor:
-    return kernels.linear_cross_entropy(x, weight, TARGETS)
+    return kernels.linear_cross_entropy(x, weight, TARGETS.to(x.device))
 
 
 def _smoothed_cross_entropy(x: Tensor, weight: Tensor) -> Tensor:
-    return kernels.linear_cross_entropy(x, weight, TARGETS, label_smoothing=0.2, z_loss=0.1)
+    return kernels.linear_cross_entropy(x, weight, TARGETS.to(x.device), label_smoothing=0.2, z_loss=0.1)
 
 
 def _permute_and_back(x: Tensor, weight: Tensor) -> Tensor:
-    rows, plan = kernels.moe_permute(x, IDS, 4)
+    rows, plan = kernels.moe_permute(x, IDS.to(x.device), 4)
     return kernels.moe_unpermute(rows.sin(), plan, weight)
 
 
@@ -75,7 +75,7 @@ CASES: dict[str, tuple[Op, Inputs]] = {
     "attention": (_attention, _attention_inputs),
     "attention of parts": (_attention_of_parts, _attention_of_parts_inputs),
     "attention, both ways": (
-        lambda q, k, v: kernels.mla_attention(q, k, v, CU_SEQLENS, causal=False),
+        lambda q, k, v: kernels.mla_attention(q, k, v, CU_SEQLENS.to(q.device), causal=False),
         _attention_inputs,
     ),
     "attention, shared keys": (
@@ -83,19 +83,22 @@ CASES: dict[str, tuple[Op, Inputs]] = {
         lambda: [torch.randn(TOKENS, 2, 6), torch.randn(TOKENS, 1, 6), torch.randn(TOKENS, 1, 4)],
     ),
     "grouped product": (
-        lambda x, w: kernels.grouped_gemm(x, w, OFFSETS),
+        lambda x, w: kernels.grouped_gemm(x, w, OFFSETS.to(x.device)),
         lambda: [torch.randn(TOKENS, 5), torch.randn(4, 6, 5)],
     ),
     "permutation": (_permute_and_back, lambda: [torch.randn(TOKENS, 5), torch.rand(TOKENS, 2)]),
     "experts": (
-        lambda x, weight, w_gate_up, w_down: kernels.moe_experts(x, IDS, weight, w_gate_up, w_down),
+        lambda x, weight, w_gate_up, w_down: kernels.moe_experts(x, IDS.to(x.device), weight, w_gate_up, w_down),
         lambda: [torch.randn(TOKENS, 5), torch.rand(TOKENS, 2), torch.randn(4, 6, 5), torch.randn(4, 5, 3)],
     ),
     "gate's weights": (
-        lambda logits: kernels.moe_gate(logits, BIAS, 2, n_group=3, topk_group=2, scale=2.5)[1],
+        lambda logits: kernels.moe_gate(logits, BIAS.to(logits.device), 2, n_group=3, topk_group=2, scale=2.5)[1],
         lambda: [torch.randn(TOKENS, 6)],
     ),
-    "gate's scores": (lambda logits: kernels.moe_gate(logits, BIAS, 2)[2], lambda: [torch.randn(TOKENS, 6)]),
+    "gate's scores": (
+        lambda logits: kernels.moe_gate(logits, BIAS.to(logits.device), 2)[2],
+        lambda: [torch.randn(TOKENS, 6)],
+    ),
 }
 
 
@@ -119,17 +122,18 @@ TRITON = {
 
 @pytest.fixture(params=[*CASES, *(f"{name}, triton" for name in CASES if name in TRITON)])
 def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[Op, list[Tensor]]:
-    """An op and its inputs; large problems' ways are taken by small ones too."""
+    """An op and its inputs, for Triton on the GPU where there is one; large problems' ways are taken by small ones
+    too."""
     name = request.param.removesuffix(", triton")
+    device = "cpu"
     if name != request.param:
-        if torch.cuda.is_available():
-            pytest.skip("inputs here lie on the CPU, and this machine's kernels run on CUDA tensors")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
         monkeypatch.setattr(importlib.import_module("minids_kernels._launch"), "BACKEND", "triton")
     op, inputs = CASES[name]
     if "computed again" in name:
         monkeypatch.setattr(importlib.import_module("minids_kernels.cross_entropy"), "KEPT_ELEMENTS", 0)
         monkeypatch.setattr(importlib.import_module("minids_kernels._mla_attention_torch"), "KEPT_ELEMENTS", 0)
-    return op, inputs()
+    return op, [x.to(device) for x in inputs()]
 
 
 def assert_same(one: tuple[Tensor, list[Tensor]], other: tuple[Tensor, list[Tensor]]) -> None:
@@ -144,8 +148,9 @@ def assert_equal_but_for_rounding(one: tuple[Tensor, list[Tensor]], other: tuple
 
 
 def test_gradients_by_finite_differences(case: tuple[Op, list[Tensor]]) -> None:
+    """In fp64, which is PyTorch's on every device."""
     op, inputs = case
-    assert torch.autograd.gradcheck(op, leaves([x.double() for x in inputs]), atol=1e-7)
+    assert torch.autograd.gradcheck(op, leaves([x.cpu().double() for x in inputs]), atol=1e-7)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -195,7 +200,7 @@ def test_inputs_stay_as_they_are(case: tuple[Op, list[Tensor]], dtype: torch.dty
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
 def test_the_same_bits_twice_and_no_memory_left_unwritten(case: tuple[Op, list[Tensor]], autocast: bool) -> None:
     op, inputs = case
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=autocast):
         dout = torch.randn_like(op(*inputs))
         first = run(op, inputs, dout)
         assert_same(run(op, inputs, dout), first)
@@ -219,7 +224,7 @@ def test_backward_may_run_twice(case: tuple[Op, list[Tensor]]) -> None:
 def test_second_derivatives_are_right_or_refused(case: tuple[Op, list[Tensor]]) -> None:
     """No op has a gradient of its gradient that is silently wrong."""
     op, inputs = case
-    wide = leaves([x.double() for x in inputs])
+    wide = leaves([x.cpu().double() for x in inputs])
     try:
         grads = torch.autograd.grad(op(*wide).square().sum(), wide, create_graph=True)
         torch.stack([g.square().sum() for g in grads]).sum().backward()

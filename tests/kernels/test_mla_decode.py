@@ -183,7 +183,7 @@ def fp8_problem(
     packed[..., :v_dim].masked_fill_(~seen, 0x7F)
     meant = []
     for x in rows:
-        raw = quantize_latent_cache(*x.split([v_dim, rest], -1))
+        raw = quantize_latent_cache(*x.to(device).split([v_dim, rest], -1)).cpu()
         codes = raw[:, :v_dim].view(torch.float8_e4m3fn).double().unflatten(-1, (-1, 128))
         scales = raw[:, v_dim : v_dim + v_dim // 32].clone().view(torch.float32).double()
         rotary = raw[:, v_dim + v_dim // 32 :].clone().view(torch.bfloat16).double()
