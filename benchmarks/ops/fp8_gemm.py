@@ -188,7 +188,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
 
 
 def tuning(device: torch.device) -> dict[str, Tuning]:
-    """At V3's width. Tensor descriptors and specialised warps are tried everywhere: chips that have none refuse."""
+    """At V3's width. Tensor descriptors are tried everywhere: chips that have none refuse."""
 
     def bind(wgrad: bool) -> Callable[[Mapping[str, int]], Run]:
         def run(shape: Mapping[str, int]) -> Run:
@@ -209,12 +209,13 @@ def tuning(device: torch.device) -> dict[str, Tuning]:
                 TMA=(True,), BLOCK_P=(64,), BLOCK_Q=(16, 32, 64, 128), STAGES=(3, 4, 6, 8), num_warps=(4,), **common
             )
         plain = combinations(
-            TMA=(True, False), BLOCK_P=(64, 128), BLOCK_Q=(64, 128, 256), STAGES=(3, 4), num_warps=(4, 8), **common
+            TMA=(True, False), BLOCK_P=(64, 128), BLOCK_Q=(64, 128), STAGES=(3, 4), num_warps=(4, 8), **common
         )
-        persistent = combinations(
-            PERSISTENT=(True,), BLOCK_P=(128,), BLOCK_Q=(64, 128, 256), num_stages=(3, 4), num_warps=(8,), **common
-        )
-        return plain + persistent
+        halves = combinations(
+            TMA=(True,), HALVES=(True,), BLOCK_P=(128, 256), BLOCK_Q=(64, 128), STAGES=(2, 3, 4), num_warps=(8,),
+            **common,
+        )  # fmt: skip
+        return plain + halves
 
     return {"fp8_gemm": Tuning(bind(False), candidates), "fp8_gemm_wgrad": Tuning(bind(True), candidates)}
 

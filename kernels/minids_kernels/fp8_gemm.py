@@ -10,17 +10,14 @@ and N from 0), a K tail under 128, any strides. out in bf16, fp16 or fp32.
 One program computes one tile of x @ y.T. Few rows of a are made the y side (SWAP in the launch table), so that the
 weights fill the 64 rows of a Hopper instruction. Tiles are fetched by tensor descriptors where the table says TMA, else
 by pointers; codes whose rows do not lie at multiples of 16 bytes are copied first. On Hopper a tile's products and its
-fp32 sums take turns. Two ways let them overlap, and the table chooses: PERSISTENT programs with specialised warps (two
-groups of consumers), or tiles small enough for several on a multiprocessor. Chips without e4m3 instructions (sm_80,
-sm_86) widen codes to fp16 in registers, exactly.
+fp32 sums take turns, so several programs must share a multiprocessor for one's products to run beside another's sums.
+Chips without e4m3 instructions (sm_80, sm_86) widen codes to fp16 in registers, exactly.
 Test: tests/kernels/test_fp8_gemm.py. Benchmark: benchmarks/ops/fp8_gemm.py.
 """
 
 from __future__ import annotations
 
-import contextvars
 import re
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,42 +125,59 @@ def _store(out, acc, p, q, P, Q, p_stride, q_stride, BLOCK_P: tl.constexpr, BLOC
 
 
 @triton.jit
+def _promoted(acc, left, right, x_scale, y_scale, X_BLOCKS: tl.constexpr, Y_BLOCKS: tl.constexpr, WIDE: tl.constexpr):
+    """acc + the product of codes [P, BLOCK_K] and [Q, BLOCK_K] times their scales, in fp32."""
+    first, then = _factors(x_scale, y_scale, X_BLOCKS, Y_BLOCKS)
+    if WIDE:
+        product = tl.dot(_widen(left), _widen(right).T)
+        then *= 65536.0  # 2^8 of either side
+    else:
+        product = tl.dot(left, right.T)
+    if not (X_BLOCKS or Y_BLOCKS):
+        product *= first
+    return tl.fma(product, then, acc)
+
+
+@triton.jit
 def _tile(
     x, xs, y, ys, out, p, q, P, Q, K, x_stride, xs_stride, xs_k_stride, y_stride, ys_stride, ys_k_stride,
     p_stride, q_stride,
     X_BLOCKS: tl.constexpr, Y_BLOCKS: tl.constexpr, WIDE: tl.constexpr, ADD: tl.constexpr, TMA: tl.constexpr,
-    STAGES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    HALVES: tl.constexpr, STAGES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of out [P, Q] = x [P, K] @ y [Q, K].T. STAGES: how many steps of codes and scales are under way."""
-    acc = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
+    """One tile of out [P, Q] = x [P, K] @ y [Q, K].T. STAGES: how many steps of codes and scales are under way.
+    HALVES: the tile's upper and lower half are multiplied one after the other, so that only one of them has products
+    in registers beside its sums."""
+    ROWS: tl.constexpr = BLOCK_P // 2 if HALVES else BLOCK_P
+    acc = tl.zeros((ROWS, BLOCK_Q), tl.float32)
+    lower = tl.zeros((ROWS, BLOCK_Q), tl.float32)
     for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        x_scale = _scale(xs, p, k, P, xs_stride, xs_k_stride, BLOCK_P, X_BLOCKS)
         y_scale = _scale(ys, q, k, Q, ys_stride, ys_k_stride, BLOCK_Q, Y_BLOCKS)
-        left = _load(x, p, k, P, K, x_stride, BLOCK_P, BLOCK_K, TMA)
+        x_scale = _scale(xs, p, k, P, xs_stride, xs_k_stride, ROWS, X_BLOCKS)
+        left = _load(x, p, k, P, K, x_stride, ROWS, BLOCK_K, TMA)
         right = _load(y, q, k, Q, K, y_stride, BLOCK_Q, BLOCK_K, TMA)
-        first, then = _factors(x_scale, y_scale, X_BLOCKS, Y_BLOCKS)
-        if WIDE:
-            product = tl.dot(_widen(left), _widen(right).T)
-            then *= 65536.0  # 2^8 of either side
-        else:
-            product = tl.dot(left, right.T)
-        if not (X_BLOCKS or Y_BLOCKS):
-            product *= first
-        acc = tl.fma(product, then, acc)  # the promotion to fp32
-    _store(out, acc, p, q, P, Q, p_stride, q_stride, BLOCK_P, BLOCK_Q, ADD)
+        acc = _promoted(acc, left, right, x_scale, y_scale, X_BLOCKS, Y_BLOCKS, WIDE)
+        if HALVES:
+            x_scale = _scale(xs, p + ROWS, k, P, xs_stride, xs_k_stride, ROWS, X_BLOCKS)
+            left = _load(x, p + ROWS, k, P, K, x_stride, ROWS, BLOCK_K, TMA)
+            lower = _promoted(lower, left, right, x_scale, y_scale, X_BLOCKS, Y_BLOCKS, WIDE)
+    _store(out, acc, p, q, P, Q, p_stride, q_stride, ROWS, BLOCK_Q, ADD)
+    if HALVES:
+        _store(out, lower, p + ROWS, q, P, Q, p_stride, q_stride, ROWS, BLOCK_Q, ADD)
 
 
 @triton.jit
 def _fp8_gemm_kernel(
     x, xs, y, ys, out, P, Q, K, x_stride, xs_stride, xs_k_stride, y_stride, ys_stride, ys_k_stride, p_stride, q_stride,
     X_BLOCKS: tl.constexpr, Y_BLOCKS: tl.constexpr, WIDE: tl.constexpr, ADD: tl.constexpr,
-    STRIPE: tl.constexpr, STAGES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    HALVES: tl.constexpr, STRIPE: tl.constexpr, STAGES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A program a tile, codes by pointers. WIDE: they come as uint8, on chips without e4m3."""
     p, q = _origin(tl.program_id(0), P, Q, BLOCK_P, BLOCK_Q, STRIPE)
     _tile(
         x, xs, y, ys, out, p, q, P, Q, K, x_stride, xs_stride, xs_k_stride, y_stride, ys_stride, ys_k_stride,
-        p_stride, q_stride, X_BLOCKS, Y_BLOCKS, WIDE, ADD, False, STAGES, BLOCK_P, BLOCK_Q, BLOCK_K,
+        p_stride, q_stride, X_BLOCKS, Y_BLOCKS, WIDE, ADD, False, HALVES, STAGES, BLOCK_P, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
 
 
@@ -171,48 +185,15 @@ def _fp8_gemm_kernel(
 def _fp8_gemm_tma_kernel(
     x, xs, y, ys, out, P, Q, K, xs_stride, xs_k_stride, ys_stride, ys_k_stride, p_stride, q_stride,
     X_BLOCKS: tl.constexpr, Y_BLOCKS: tl.constexpr, ADD: tl.constexpr,
-    STRIPE: tl.constexpr, STAGES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    HALVES: tl.constexpr, STRIPE: tl.constexpr, STAGES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A program a tile, x and y descriptors of [BLOCK_P, BLOCK_K] and [BLOCK_Q, BLOCK_K] codes."""
     p, q = _origin(tl.program_id(0), P, Q, BLOCK_P, BLOCK_Q, STRIPE)
     _tile(
         (x, 0, 0), xs, (y, 0, 0), ys, out, p, q, P, Q, K, 0, xs_stride, xs_k_stride, 0, ys_stride, ys_k_stride,
-        p_stride, q_stride, X_BLOCKS, Y_BLOCKS, False, ADD, True, STAGES, BLOCK_P, BLOCK_Q, BLOCK_K,
+        p_stride, q_stride, X_BLOCKS, Y_BLOCKS, False, ADD, True, HALVES, STAGES, BLOCK_P, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
-
-
-@triton.jit
-def _fp8_gemm_persistent_kernel(
-    x, xs, y, ys, out, P, Q, K, x_stride, xs_stride, xs_k_stride, y_stride, ys_stride, ys_k_stride, p_stride, q_stride,
-    X_BLOCKS: tl.constexpr, Y_BLOCKS: tl.constexpr, ADD: tl.constexpr,
-    STRIPE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """A program a multiprocessor takes the tiles that lie that many apart. Its warps are specialised: one keeps
-    fetching, two groups of four multiply half a tile each, and while one of them adds up, the other has the tensor
-    cores. The compiler does not pipeline the loads of scales there, so folded ones are carried a step ahead."""
-    x_tiles = tl.make_tensor_descriptor(x, [P, K], [x_stride, 1], [BLOCK_P, BLOCK_K])
-    y_tiles = tl.make_tensor_descriptor(y, [Q, K], [y_stride, 1], [BLOCK_Q, BLOCK_K])
-    FOLDED: tl.constexpr = X_BLOCKS or Y_BLOCKS
-    tiles = tl.cdiv(P, BLOCK_P) * tl.cdiv(Q, BLOCK_Q)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), warp_specialize=True):
-        p, q = _origin(tile, P, Q, BLOCK_P, BLOCK_Q, STRIPE)
-        acc = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
-        if FOLDED:
-            x_scale = _scale(xs, p, 0, P, xs_stride, xs_k_stride, BLOCK_P, X_BLOCKS)
-            y_scale = _scale(ys, q, 0, Q, ys_stride, ys_k_stride, BLOCK_Q, Y_BLOCKS)
-            _, ahead = _factors(x_scale, y_scale, X_BLOCKS, Y_BLOCKS)
-        for k in tl.range(0, K, BLOCK_K):
-            scaled = tl.minimum(k + BLOCK_K, K - 1) if FOLDED else k
-            x_scale = _scale(xs, p, scaled, P, xs_stride, xs_k_stride, BLOCK_P, X_BLOCKS)
-            y_scale = _scale(ys, q, scaled, Q, ys_stride, ys_k_stride, BLOCK_Q, Y_BLOCKS)
-            product = tl.dot(x_tiles.load([p, k]), y_tiles.load([q, k]).T)
-            first, then = _factors(x_scale, y_scale, X_BLOCKS, Y_BLOCKS)
-            if FOLDED:
-                acc = tl.fma(product, ahead, acc)
-                ahead = then
-            else:
-                acc = tl.fma(product * first, then, acc)
-        _store(out, acc, p, q, P, Q, p_stride, q_stride, BLOCK_P, BLOCK_Q, ADD)
 
 
 # --- launchers --------------------------------------------------------------------------------------------------------
@@ -235,12 +216,6 @@ def _aligned(codes: Tensor) -> Tensor:
     return padded.view(E4M3)
 
 
-def _launch_persistent(grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-    """With memory for the descriptors that the kernel makes, from torch; the caller's own allocator stays as it is."""
-    triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
-    _launch.launch(_fp8_gemm_persistent_kernel, grid, *args, **meta)
-
-
 def _triton_gemm(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out: Tensor, blocks: bool, add: bool = False
 ) -> None:
@@ -250,25 +225,19 @@ def _triton_gemm(
     a, b = _aligned(a), _aligned(b)
     table = "fp8_gemm" if blocks else "fp8_gemm_wgrad"
     config = dict(_launch.config("fp8_gemm", table, _launch.arch(a), M=a.shape[0], N=b.shape[0]))
-    swap, persistent, tma = (config.pop(name, False) for name in ("SWAP", "PERSISTENT", "TMA"))
+    swap, tma, halves = (config.pop(name, False) for name in ("SWAP", "TMA", "HALVES"))
     x, xs, y, ys, out = (b, b_scale, a, a_scale, out.T) if swap else (a, a_scale, b, b_scale, out)
     (rows, width), cols = x.shape, y.shape[0]
     tiles = triton.cdiv(rows, config["BLOCK_P"]) * triton.cdiv(cols, config["BLOCK_Q"])
     meta = {**config, "X_BLOCKS": blocks and swap, "Y_BLOCKS": blocks and not swap, "ADD": add}
-    pitch = (x.stride(0), *xs.stride(), y.stride(0), *ys.stride())
-    if persistent:
-        grid = (min(tiles, _launch.multiprocessors(a)),)
-        contextvars.copy_context().run(
-            _launch_persistent, grid, x, xs, y, ys, out, rows, cols, width, *pitch, *out.stride(), **meta
-        )
-    elif tma:
+    if tma:
         x, y = (
-            TensorDescriptor(t, list(t.shape), list(t.stride()), [config[block], config["BLOCK_K"]])
-            for t, block in ((x, "BLOCK_P"), (y, "BLOCK_Q"))
+            TensorDescriptor(t, list(t.shape), list(t.stride()), [block, config["BLOCK_K"]])
+            for t, block in ((x, config["BLOCK_P"] >> halves), (y, config["BLOCK_Q"]))
         )
         _launch.launch(
             _fp8_gemm_tma_kernel, (tiles,),
-            x, xs, y, ys, out, rows, cols, width, *xs.stride(), *ys.stride(), *out.stride(), **meta,
+            x, xs, y, ys, out, rows, cols, width, *xs.stride(), *ys.stride(), *out.stride(), HALVES=halves, **meta,
         )  # fmt: skip
     else:
         wide = _generation(a) < 89
@@ -276,7 +245,8 @@ def _triton_gemm(
             x, y = x.view(torch.uint8), y.view(torch.uint8)
         _launch.launch(
             _fp8_gemm_kernel, (tiles,),
-            x, xs, y, ys, out, rows, cols, width, *pitch, *out.stride(), WIDE=wide, **meta,
+            x, xs, y, ys, out, rows, cols, width, x.stride(0), *xs.stride(), y.stride(0), *ys.stride(), *out.stride(),
+            WIDE=wide, HALVES=halves, **meta,
         )  # fmt: skip
 
 

@@ -27,7 +27,6 @@ ANY_TENSOR_CORE = {"HMMA", "HGMMA", "QMMA", "QGMMA", "UTCQMMA", "UTCHMMA"}
 PRODUCTS: dict[str, str] = {
     "_fp8_gemm_kernel": "fp8",
     "_fp8_gemm_tma_kernel": "fp8",
-    "_fp8_gemm_persistent_kernel": "fp8",
     "_grouped_fp8_gemm_kernel": "fp8",
     "_grouped_fp8_gemm_masked_kernel": "fp8",
     "_grouped_fp8_gemm_small_kernel": "fp8",
@@ -42,7 +41,7 @@ PRODUCTS: dict[str, str] = {
 }
 
 # kernels that fetch by bulk tensor copies; others do if their launch says so (X_TMA, ...)
-TMA = {"_fp8_gemm_tma_kernel", "_fp8_gemm_persistent_kernel"}
+TMA = {"_fp8_gemm_tma_kernel"}
 
 # kernels whose tables hold tiles of fewer than the 64 rows that the instructions of sm_90 and sm_100 need
 SMALL_TILES = {"_mla_decode_kernel"}

@@ -25,8 +25,7 @@ WAYS = {
     "pointers, swapped": ("sm_89", dict(TILE, SWAP=True, BLOCK_P=64, BLOCK_Q=16, STAGES=2)),
     "descriptors": ("sm_90", dict(TILE, TMA=True, BLOCK_P=64, BLOCK_Q=128, STAGES=2)),
     "descriptors, swapped": ("sm_90", dict(TILE, TMA=True, SWAP=True, BLOCK_P=128, BLOCK_Q=16, STAGES=2)),
-    "persistent": ("sm_90", dict(TILE, PERSISTENT=True, BLOCK_P=64, BLOCK_Q=64)),
-    "persistent, swapped": ("sm_90", dict(TILE, PERSISTENT=True, SWAP=True, BLOCK_P=64, BLOCK_Q=32)),
+    "descriptors, halves": ("sm_90", dict(TILE, TMA=True, HALVES=True, BLOCK_P=128, BLOCK_Q=64, STAGES=2)),
 }
 
 
