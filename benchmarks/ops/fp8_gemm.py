@@ -192,8 +192,7 @@ def tuning(device: torch.device) -> dict[str, Tuning]:
 
     def bind(wgrad: bool) -> Callable[[Mapping[str, int]], Run]:
         def run(shape: Mapping[str, int]) -> Run:
-            m, n = shape["M"], shape["N"]
-            case = _product(m, n, K, wgrad, device)
+            case = _product(shape["M"], shape["N"], shape.get("K", K), wgrad, device)
             return case.contestants[OURS].bind(case.make())
 
         return run
@@ -201,13 +200,9 @@ def tuning(device: torch.device) -> dict[str, Tuning]:
     def candidates(shape: Mapping[str, int]) -> list[dict[str, Any]]:
         common: dict[str, Any] = dict(BLOCK_K=(128,), STRIPE=(8,))
         if shape["M"] <= 128:
-            swapped = combinations(
-                TMA=(True,), SWAP=(True,), BLOCK_P=(64, 128), BLOCK_Q=(max(16, min(64, shape["M"])),),
-                STAGES=(4, 6, 8), num_warps=(4,), **common,
-            )  # fmt: skip
-            return swapped + combinations(
-                TMA=(True,), BLOCK_P=(64,), BLOCK_Q=(16, 32, 64, 128), STAGES=(3, 4, 6, 8), num_warps=(4,), **common
-            )
+            common |= dict(TMA=(True,), BLOCK_P=(64,), STAGES=(4, 6), PARTS=(1, 2, 4), num_warps=(4,))
+            swapped = combinations(SWAP=(True,), BLOCK_Q=(max(16, min(64, shape["M"])),), **common)
+            return swapped + combinations(BLOCK_Q=(32, 64, 128), **common)
         plain = combinations(
             TMA=(True, False), BLOCK_P=(64, 128), BLOCK_Q=(64, 128), STAGES=(3, 4), num_warps=(4, 8), **common
         )

@@ -188,15 +188,33 @@ def _fp8_gemm_tma_kernel(
     HALVES: tl.constexpr, STRIPE: tl.constexpr, STAGES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A program a tile, x and y descriptors of [BLOCK_P, BLOCK_K] and [BLOCK_Q, BLOCK_K] codes."""
+    """A program a tile and part of K, x and y descriptors of [BLOCK_P, BLOCK_K] and [BLOCK_Q, BLOCK_K] codes; out
+    [parts, P, Q], a part's numbers P * Q after the one before."""
     p, q = _origin(tl.program_id(0), P, Q, BLOCK_P, BLOCK_Q, STRIPE)
+    groups = tl.cdiv(tl.cdiv(K, 128), tl.num_programs(1))
+    first = tl.program_id(1) * groups
+    depth = tl.minimum(K - first * 128, groups * 128)
     _tile(
-        (x, 0, 0), xs, (y, 0, 0), ys, out, p, q, P, Q, K, 0, xs_stride, xs_k_stride, 0, ys_stride, ys_k_stride,
-        p_stride, q_stride, X_BLOCKS, Y_BLOCKS, False, ADD, True, HALVES, STAGES, BLOCK_P, BLOCK_Q, BLOCK_K,
+        (x, 0, first * 128), xs + first * xs_k_stride, (y, 0, first * 128), ys + first * ys_k_stride,
+        out + tl.program_id(1).to(tl.int64) * P * Q, p, q, P, Q, depth, 0, xs_stride, xs_k_stride, 0, ys_stride,
+        ys_k_stride, p_stride, q_stride, X_BLOCKS, Y_BLOCKS, False, ADD, True, HALVES, STAGES, BLOCK_P, BLOCK_Q,
+        BLOCK_K,
     )  # fmt: skip
 
 
+@triton.jit
+def _sum_parts_kernel(parts, out, numbers, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """out [numbers] = the sum of parts [PARTS, numbers], in this order."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for part in tl.static_range(PARTS):
+        acc += tl.load(parts + part * numbers + place, mask=place < numbers, other=0.0)
+    tl.store(out + place, acc.to(out.dtype.element_ty), mask=place < numbers)
+
+
 # --- launchers --------------------------------------------------------------------------------------------------------
+
+SUM_BLOCK = 1024  # numbers of a program that sums parts
 
 
 def _generation(x: Tensor) -> int:
@@ -219,14 +237,18 @@ def _aligned(codes: Tensor) -> Tensor:
 def _triton_gemm(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out: Tensor, blocks: bool, add: bool = False
 ) -> None:
-    """Writes a @ b.T into `out` [M, N], or adds it. blocks: b's scales are those of 128x128 blocks, else of tiles."""
+    """Writes a @ b.T into `out` [M, N], or adds it. blocks: b's scales are those of 128x128 blocks, else of tiles, and
+    `out` is contiguous. PARTS of K are summed by programs of their own where few tiles would leave the chip idle."""
     if out.numel() == 0:
         return
     a, b = _aligned(a), _aligned(b)
     table = "fp8_gemm" if blocks else "fp8_gemm_wgrad"
-    config = dict(_launch.config("fp8_gemm", table, _launch.arch(a), M=a.shape[0], N=b.shape[0]))
-    swap, tma, halves = (config.pop(name, False) for name in ("SWAP", "TMA", "HALVES"))
-    x, xs, y, ys, out = (b, b_scale, a, a_scale, out.T) if swap else (a, a_scale, b, b_scale, out)
+    config = dict(_launch.config("fp8_gemm", table, _launch.arch(a), M=a.shape[0], N=b.shape[0], K=a.shape[1]))
+    swap, tma, halves, parts = (config.pop(name, 0) for name in ("SWAP", "TMA", "HALVES", "PARTS"))
+    parts = min(max(1, parts), a_scale.shape[1]) if blocks and tma else 1
+    result = out if parts == 1 else out.new_empty(parts, *out.shape, dtype=torch.float32)
+    target = result if parts == 1 else result[0]
+    x, xs, y, ys, target = (b, b_scale, a, a_scale, target.T) if swap else (a, a_scale, b, b_scale, target)
     (rows, width), cols = x.shape, y.shape[0]
     tiles = triton.cdiv(rows, config["BLOCK_P"]) * triton.cdiv(cols, config["BLOCK_Q"])
     meta = {**config, "X_BLOCKS": blocks and swap, "Y_BLOCKS": blocks and not swap, "ADD": add}
@@ -236,17 +258,21 @@ def _triton_gemm(
             for t, block in ((x, config["BLOCK_P"] >> halves), (y, config["BLOCK_Q"]))
         )
         _launch.launch(
-            _fp8_gemm_tma_kernel, (tiles,),
-            x, xs, y, ys, out, rows, cols, width, *xs.stride(), *ys.stride(), *out.stride(), HALVES=halves, **meta,
+            _fp8_gemm_tma_kernel, (tiles, parts),
+            x, xs, y, ys, target, rows, cols, width, *xs.stride(), *ys.stride(), *target.stride(),
+            HALVES=halves, **meta,
         )  # fmt: skip
+        if parts > 1:
+            grid = (triton.cdiv(out.numel(), SUM_BLOCK),)
+            _launch.launch(_sum_parts_kernel, grid, result, out, out.numel(), PARTS=parts, BLOCK=SUM_BLOCK)
     else:
         wide = _generation(a) < 89
         if wide:
             x, y = x.view(torch.uint8), y.view(torch.uint8)
         _launch.launch(
             _fp8_gemm_kernel, (tiles,),
-            x, xs, y, ys, out, rows, cols, width, x.stride(0), *xs.stride(), y.stride(0), *ys.stride(), *out.stride(),
-            WIDE=wide, HALVES=halves, **meta,
+            x, xs, y, ys, target, rows, cols, width, x.stride(0), *xs.stride(), y.stride(0), *ys.stride(),
+            *target.stride(), WIDE=wide, HALVES=halves, **meta,
         )  # fmt: skip
 
 
