@@ -203,14 +203,9 @@ def tuning(device: torch.device) -> dict[str, Tuning]:
             common |= dict(TMA=(True,), BLOCK_P=(64,), STAGES=(4, 6), PARTS=(1, 2, 4), num_warps=(4,))
             swapped = combinations(SWAP=(True,), BLOCK_Q=(max(16, min(64, shape["M"])),), **common)
             return swapped + combinations(BLOCK_Q=(32, 64, 128), **common)
-        plain = combinations(
+        return combinations(
             TMA=(True, False), BLOCK_P=(64, 128), BLOCK_Q=(64, 128), STAGES=(3, 4), num_warps=(4, 8), **common
         )
-        halves = combinations(
-            TMA=(True,), HALVES=(True,), BLOCK_P=(128, 256), BLOCK_Q=(64, 128), STAGES=(2, 3, 4), num_warps=(8,),
-            **common,
-        )  # fmt: skip
-        return plain + halves
 
     return {"fp8_gemm": Tuning(bind(False), candidates), "fp8_gemm_wgrad": Tuning(bind(True), candidates)}
 

@@ -154,13 +154,9 @@ def tuning(device: torch.device) -> dict[str, Tuning]:
         return lambda: quantize_segments_transposed(x, offsets)
 
     def tiles(shape: Mapping[str, int]) -> list[dict[str, Any]]:
-        common: dict[str, Any] = dict(BLOCK_K=(128,), STRIPE=(8,))
-        plain = combinations(
-            TMA=(True, False), BLOCK_P=(64, 128), BLOCK_Q=(64, 128), STAGES=(3, 4), num_warps=(4, 8), **common
-        )
-        return plain + combinations(
-            TMA=(True,), HALVES=(True,), BLOCK_P=(128, 256), BLOCK_Q=(64, 128), STAGES=(2, 3, 4), num_warps=(8,),
-            **common,
+        return combinations(
+            TMA=(True, False), BLOCK_P=(64, 128), BLOCK_Q=(64, 128), BLOCK_K=(128,), STRIPE=(8,), STAGES=(3, 4),
+            num_warps=(4, 8),
         )  # fmt: skip
 
     def small(shape: Mapping[str, int]) -> list[dict[str, Any]]:

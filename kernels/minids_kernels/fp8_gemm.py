@@ -125,59 +125,42 @@ def _store(out, acc, p, q, P, Q, p_stride, q_stride, BLOCK_P: tl.constexpr, BLOC
 
 
 @triton.jit
-def _promoted(acc, left, right, x_scale, y_scale, X_BLOCKS: tl.constexpr, Y_BLOCKS: tl.constexpr, WIDE: tl.constexpr):
-    """acc + the product of codes [P, BLOCK_K] and [Q, BLOCK_K] times their scales, in fp32."""
-    first, then = _factors(x_scale, y_scale, X_BLOCKS, Y_BLOCKS)
-    if WIDE:
-        product = tl.dot(_widen(left), _widen(right).T)
-        then *= 65536.0  # 2^8 of either side
-    else:
-        product = tl.dot(left, right.T)
-    if not (X_BLOCKS or Y_BLOCKS):
-        product *= first
-    return tl.fma(product, then, acc)
-
-
-@triton.jit
 def _tile(
     x, xs, y, ys, out, p, q, P, Q, K, x_stride, xs_stride, xs_k_stride, y_stride, ys_stride, ys_k_stride,
     p_stride, q_stride,
     X_BLOCKS: tl.constexpr, Y_BLOCKS: tl.constexpr, WIDE: tl.constexpr, ADD: tl.constexpr, TMA: tl.constexpr,
-    HALVES: tl.constexpr, STAGES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of out [P, Q] = x [P, K] @ y [Q, K].T. STAGES: how many steps of codes and scales are under way.
-    HALVES: the tile's upper and lower half are multiplied one after the other, so that only one of them has products
-    in registers beside its sums."""
-    ROWS: tl.constexpr = BLOCK_P // 2 if HALVES else BLOCK_P
-    acc = tl.zeros((ROWS, BLOCK_Q), tl.float32)
-    lower = tl.zeros((ROWS, BLOCK_Q), tl.float32)
+    """One tile of out [P, Q] = x [P, K] @ y [Q, K].T. STAGES: how many steps of codes and scales are under way."""
+    acc = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
     for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        x_scale = _scale(xs, p, k, P, xs_stride, xs_k_stride, BLOCK_P, X_BLOCKS)
         y_scale = _scale(ys, q, k, Q, ys_stride, ys_k_stride, BLOCK_Q, Y_BLOCKS)
-        x_scale = _scale(xs, p, k, P, xs_stride, xs_k_stride, ROWS, X_BLOCKS)
-        left = _load(x, p, k, P, K, x_stride, ROWS, BLOCK_K, TMA)
+        left = _load(x, p, k, P, K, x_stride, BLOCK_P, BLOCK_K, TMA)
         right = _load(y, q, k, Q, K, y_stride, BLOCK_Q, BLOCK_K, TMA)
-        acc = _promoted(acc, left, right, x_scale, y_scale, X_BLOCKS, Y_BLOCKS, WIDE)
-        if HALVES:
-            x_scale = _scale(xs, p + ROWS, k, P, xs_stride, xs_k_stride, ROWS, X_BLOCKS)
-            left = _load(x, p + ROWS, k, P, K, x_stride, ROWS, BLOCK_K, TMA)
-            lower = _promoted(lower, left, right, x_scale, y_scale, X_BLOCKS, Y_BLOCKS, WIDE)
-    _store(out, acc, p, q, P, Q, p_stride, q_stride, ROWS, BLOCK_Q, ADD)
-    if HALVES:
-        _store(out, lower, p + ROWS, q, P, Q, p_stride, q_stride, ROWS, BLOCK_Q, ADD)
+        first, then = _factors(x_scale, y_scale, X_BLOCKS, Y_BLOCKS)
+        if WIDE:
+            product = tl.dot(_widen(left), _widen(right).T)
+            then *= 65536.0  # 2^8 of either side
+        else:
+            product = tl.dot(left, right.T)
+        if not (X_BLOCKS or Y_BLOCKS):
+            product *= first
+        acc = tl.fma(product, then, acc)  # the promotion to fp32
+    _store(out, acc, p, q, P, Q, p_stride, q_stride, BLOCK_P, BLOCK_Q, ADD)
 
 
 @triton.jit
 def _fp8_gemm_kernel(
     x, xs, y, ys, out, P, Q, K, x_stride, xs_stride, xs_k_stride, y_stride, ys_stride, ys_k_stride, p_stride, q_stride,
     X_BLOCKS: tl.constexpr, Y_BLOCKS: tl.constexpr, WIDE: tl.constexpr, ADD: tl.constexpr,
-    HALVES: tl.constexpr, STRIPE: tl.constexpr, STAGES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    STRIPE: tl.constexpr, STAGES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A program a tile, codes by pointers. WIDE: they come as uint8, on chips without e4m3."""
     p, q = _origin(tl.program_id(0), P, Q, BLOCK_P, BLOCK_Q, STRIPE)
     _tile(
         x, xs, y, ys, out, p, q, P, Q, K, x_stride, xs_stride, xs_k_stride, y_stride, ys_stride, ys_k_stride,
-        p_stride, q_stride, X_BLOCKS, Y_BLOCKS, WIDE, ADD, False, HALVES, STAGES, BLOCK_P, BLOCK_Q, BLOCK_K,
+        p_stride, q_stride, X_BLOCKS, Y_BLOCKS, WIDE, ADD, False, STAGES, BLOCK_P, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
 
 
@@ -185,8 +168,7 @@ def _fp8_gemm_kernel(
 def _fp8_gemm_tma_kernel(
     x, xs, y, ys, out, P, Q, K, xs_stride, xs_k_stride, ys_stride, ys_k_stride, p_stride, q_stride,
     X_BLOCKS: tl.constexpr, Y_BLOCKS: tl.constexpr, ADD: tl.constexpr,
-    HALVES: tl.constexpr, STRIPE: tl.constexpr, STAGES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    STRIPE: tl.constexpr, STAGES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A program a tile and part of K, x and y descriptors of [BLOCK_P, BLOCK_K] and [BLOCK_Q, BLOCK_K] codes; out
     [parts, P, Q], a part's numbers P * Q after the one before."""
@@ -197,8 +179,7 @@ def _fp8_gemm_tma_kernel(
     _tile(
         (x, 0, first * 128), xs + first * xs_k_stride, (y, 0, first * 128), ys + first * ys_k_stride,
         out + tl.program_id(1).to(tl.int64) * P * Q, p, q, P, Q, depth, 0, xs_stride, xs_k_stride, 0, ys_stride,
-        ys_k_stride, p_stride, q_stride, X_BLOCKS, Y_BLOCKS, False, ADD, True, HALVES, STAGES, BLOCK_P, BLOCK_Q,
-        BLOCK_K,
+        ys_k_stride, p_stride, q_stride, X_BLOCKS, Y_BLOCKS, False, ADD, True, STAGES, BLOCK_P, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
 
 
@@ -244,7 +225,7 @@ def _triton_gemm(
     a, b = _aligned(a), _aligned(b)
     table = "fp8_gemm" if blocks else "fp8_gemm_wgrad"
     config = dict(_launch.config("fp8_gemm", table, _launch.arch(a), M=a.shape[0], N=b.shape[0], K=a.shape[1]))
-    swap, tma, halves, parts = (config.pop(name, 0) for name in ("SWAP", "TMA", "HALVES", "PARTS"))
+    swap, tma, parts = (config.pop(name, 0) for name in ("SWAP", "TMA", "PARTS"))
     parts = min(max(1, parts), a_scale.shape[1]) if blocks and tma else 1
     result = out if parts == 1 else out.new_empty(parts, *out.shape, dtype=torch.float32)
     target = result if parts == 1 else result[0]
@@ -254,13 +235,12 @@ def _triton_gemm(
     meta = {**config, "X_BLOCKS": blocks and swap, "Y_BLOCKS": blocks and not swap, "ADD": add}
     if tma:
         x, y = (
-            TensorDescriptor(t, list(t.shape), list(t.stride()), [block, config["BLOCK_K"]])
-            for t, block in ((x, config["BLOCK_P"] >> halves), (y, config["BLOCK_Q"]))
+            TensorDescriptor(t, list(t.shape), list(t.stride()), [config[block], config["BLOCK_K"]])
+            for t, block in ((x, "BLOCK_P"), (y, "BLOCK_Q"))
         )
         _launch.launch(
             _fp8_gemm_tma_kernel, (tiles, parts),
-            x, xs, y, ys, target, rows, cols, width, *xs.stride(), *ys.stride(), *target.stride(),
-            HALVES=halves, **meta,
+            x, xs, y, ys, target, rows, cols, width, *xs.stride(), *ys.stride(), *target.stride(), **meta,
         )  # fmt: skip
         if parts > 1:
             grid = (triton.cdiv(out.numel(), SUM_BLOCK),)
@@ -272,7 +252,7 @@ def _triton_gemm(
         _launch.launch(
             _fp8_gemm_kernel, (tiles,),
             x, xs, y, ys, target, rows, cols, width, x.stride(0), *xs.stride(), y.stride(0), *ys.stride(),
-            *target.stride(), WIDE=wide, HALVES=halves, **meta,
+            *target.stride(), WIDE=wide, **meta,
         )  # fmt: skip
 
 

@@ -108,8 +108,8 @@ def _columns(offsets: Tensor) -> list[tuple[int, int]]:
 def _grouped_fp8_gemm_kernel(
     a, a_scale, b, b_scale, offsets, out, T, E, N, K,
     a_stride, as_stride, as_k_stride, b_stride, bs_expert, bs_stride, bs_k_stride,
-    WIDE: tl.constexpr, TMA: tl.constexpr, HALVES: tl.constexpr, EXPERTS: tl.constexpr, STRIPE: tl.constexpr,
-    STAGES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    WIDE: tl.constexpr, TMA: tl.constexpr, EXPERTS: tl.constexpr, STRIPE: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of out [T, N] contiguous a program. EXPERTS: a power of two above E; E itself stands for "no expert".
     b [E * N, K]; TMA: a and b are descriptors. Rows past the segment's end, or past N, are another's then, which
@@ -124,7 +124,7 @@ def _grouped_fp8_gemm_kernel(
         _tile(
             rows, a_scale, weights, scales, out, row, column, end, N, depth,
             a_stride, as_stride, as_k_stride, b_stride, bs_stride, bs_k_stride, N, 1,
-            False, True, WIDE, False, TMA, HALVES, STAGES, BLOCK_P, BLOCK_Q, BLOCK_K,
+            False, True, WIDE, False, TMA, STAGES, BLOCK_P, BLOCK_Q, BLOCK_K,
         )  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def _grouped_fp8_gemm_kernel(
 def _grouped_fp8_gemm_masked_kernel(
     a, a_scale, b, b_scale, counts, out, M, N, K,
     a_stride, as_stride, as_k_stride, b_stride, bs_expert, bs_stride, bs_k_stride,
-    WIDE: tl.constexpr, TMA: tl.constexpr, HALVES: tl.constexpr, STRIPE: tl.constexpr, STAGES: tl.constexpr,
+    WIDE: tl.constexpr, TMA: tl.constexpr, STRIPE: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of out [E * M, N] contiguous a program, of expert program_id(1), whose rows begin at M times it. b and
@@ -147,7 +147,7 @@ def _grouped_fp8_gemm_masked_kernel(
         _tile(
             rows, a_scale, weights, scales, out, expert * M + p, q, expert * M + count, N, K,
             a_stride, as_stride, as_k_stride, b_stride, bs_stride, bs_k_stride, N, 1,
-            False, True, WIDE, False, TMA, HALVES, STAGES, BLOCK_P, BLOCK_Q, BLOCK_K,
+            False, True, WIDE, False, TMA, STAGES, BLOCK_P, BLOCK_Q, BLOCK_K,
         )  # fmt: skip
 
 
@@ -155,7 +155,7 @@ def _grouped_fp8_gemm_masked_kernel(
 def _grouped_fp8_gemm_small_kernel(
     a, a_scale, b, b_scale, offsets, out, T, E, N, K,
     a_stride, as_stride, as_k_stride, b_stride, bs_expert, bs_stride, bs_k_stride,
-    WIDE: tl.constexpr, TMA: tl.constexpr, HALVES: tl.constexpr, EXPERTS: tl.constexpr, STAGES: tl.constexpr,
+    WIDE: tl.constexpr, TMA: tl.constexpr, EXPERTS: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """T <= BLOCK_Q: the whole segment that begins at row program_id(1), BLOCK_P columns of it, as its transpose. b and
@@ -170,7 +170,7 @@ def _grouped_fp8_gemm_small_kernel(
         _tile(
             weights, scales, rows, a_scale, out, tl.program_id(0) * BLOCK_P, row, N, end, depth,
             b_stride, bs_stride, bs_k_stride, a_stride, as_stride, as_k_stride, 1, N,
-            True, False, WIDE, False, TMA, HALVES, STAGES, BLOCK_P, BLOCK_Q, BLOCK_K,
+            True, False, WIDE, False, TMA, STAGES, BLOCK_P, BLOCK_Q, BLOCK_K,
         )  # fmt: skip
 
 
@@ -178,8 +178,8 @@ def _grouped_fp8_gemm_small_kernel(
 def _grouped_fp8_gemm_wgrad_kernel(
     a, a_scale, b, b_scale, offsets, out, N, K,
     a_stride, as_stride, as_k_stride, b_stride, bs_stride, bs_k_stride, out_expert, p_stride, q_stride,
-    WIDE: tl.constexpr, TMA: tl.constexpr, HALVES: tl.constexpr, ADD: tl.constexpr, STRIPE: tl.constexpr,
-    STAGES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    WIDE: tl.constexpr, TMA: tl.constexpr, ADD: tl.constexpr, STRIPE: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of out [E, N, K] a program, which walks through its expert's tiles of tokens. TMA: a and b are
     descriptors."""
@@ -196,7 +196,7 @@ def _grouped_fp8_gemm_wgrad_kernel(
         left, a_scale + group * as_k_stride, right, b_scale + group * bs_k_stride,
         out + expert.to(tl.int64) * out_expert, p, q, N, K, tokens,
         a_stride, as_stride, as_k_stride, b_stride, bs_stride, bs_k_stride, p_stride, q_stride,
-        False, False, WIDE, ADD, TMA, HALVES, STAGES, BLOCK_P, BLOCK_Q, BLOCK_K,
+        False, False, WIDE, ADD, TMA, STAGES, BLOCK_P, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
 
 
@@ -229,17 +229,14 @@ def _fetched(
 ) -> tuple[Any, Any, dict[str, Any]]:
     """`_aligned` codes a and b as a kernel takes them, and what it is to know: descriptors of tiles of `blocks` rows
     where the launch table says so, else pointers, to uint8 for chips without e4m3."""
-    halves = config.get("HALVES", False)
     wide, tma = _generation(a) < 89, config.get("TMA", False) and describable(a) and describable(b)
     if wide:
         a, b = a.view(torch.uint8), b.view(torch.uint8)
     x, y = (
-        TensorDescriptor.from_tensor(codes, [config[block] >> (halves and block == "BLOCK_P"), config["BLOCK_K"]])
-        if tma
-        else codes
+        TensorDescriptor.from_tensor(codes, [config[block], config["BLOCK_K"]]) if tma else codes
         for codes, block in zip((a, b), blocks, strict=True)
     )
-    return x, y, {**config, "WIDE": wide, "TMA": tma, "HALVES": halves}
+    return x, y, {**config, "WIDE": wide, "TMA": tma}
 
 
 def _triton_gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor, out: Tensor) -> None:

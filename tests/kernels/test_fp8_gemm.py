@@ -27,7 +27,6 @@ WAYS = {
     "descriptors, swapped": ("sm_90", dict(TILE, TMA=True, SWAP=True, BLOCK_P=128, BLOCK_Q=16, STAGES=2)),
     "descriptors, parts": ("sm_90", dict(TILE, TMA=True, PARTS=3, BLOCK_P=64, BLOCK_Q=64, STAGES=2)),
     "descriptors, swapped parts": ("sm_90", dict(TILE, TMA=True, SWAP=True, PARTS=2, BLOCK_P=64, BLOCK_Q=16, STAGES=2)),
-    "descriptors, halves": ("sm_90", dict(TILE, TMA=True, HALVES=True, BLOCK_P=128, BLOCK_Q=64, STAGES=2)),
 }
 
 

@@ -53,7 +53,6 @@ WAYS = {
     "widened": ("sm_80", dict(TILE, BLOCK_K=64)),
     "e4m3": ("sm_89", dict(TILE, BLOCK_K=128)),
     "descriptors": ("sm_90", dict(TILE, TMA=True, BLOCK_K=128)),
-    "descriptors, halves": ("sm_90", dict(TILE, TMA=True, HALVES=True, BLOCK_K=128)),
 }
 
 
