@@ -16,6 +16,10 @@ nothing waits for the host, and a CUDA graph stays right when lengths change. No
 Rows behind a sequence's length are never loaded. bf16 and fp16 with v_dim to 512, fp32 with v_dim to 128, Dr to 64;
 wider rows, and fp64, take the PyTorch path.
 
+KEYS_FIRST (launch table): scores and output are computed transposed, cached rows times queries. Hopper's tensor cores
+want 64 rows of their left factor: a block of cached rows has them where 16 or 32 query rows do not, and both products
+then read the block from shared memory as it came.
+
 A cache of bytes holds FlashMLA's fp8 rows (mla_cache.py writes either kind). A block of rows is widened to q's dtype in
 registers, code * scale, and multiplied as any other. On the Triton path with q in bf16 or fp16 and v_dim = Dc = 128,
 256 or 512; other rows take the PyTorch path.
@@ -84,6 +88,26 @@ def _shares(
 
 
 @triton.jit
+def _places(
+    pages, base, block, limit, page, page_stride,
+    BLOCK_N: tl.constexpr, ROW_STRIDE: tl.constexpr, SMALL_PAGE: tl.constexpr,
+):  # fmt: skip
+    """Block `block` of the sequence whose page numbers are at `pages`: its rows' numbers [BLOCK_N], whether they lie
+    before `limit`, and base + where they begin; no page number is read for rows that do not."""
+    in_block = tl.arange(0, BLOCK_N)
+    token = block * BLOCK_N + in_block
+    valid = token < limit
+    if SMALL_PAGE > 0:
+        number = tl.load(pages + token // SMALL_PAGE, mask=valid, other=0).to(tl.int64)
+        place = base + number * page_stride + (token % SMALL_PAGE) * ROW_STRIDE
+    else:
+        number = tl.load(pages + block * BLOCK_N // page, mask=block * BLOCK_N < limit, other=0).to(tl.int64)
+        place = base + number * page_stride + (block * BLOCK_N % page).to(tl.int64) * ROW_STRIDE
+        place += in_block * ROW_STRIDE
+    return token, valid, place
+
+
+@triton.jit
 def _widened(
     codes_ptr, scales_ptr, place, valid,
     V_DIM: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr, NATIVE: tl.constexpr,
@@ -98,6 +122,24 @@ def _widened(
     return tl.reshape(x, (BLOCK_N, V_DIM))
 
 
+@triton.jit
+def _scores(q, k, KEYS_FIRST: tl.constexpr, PRECISION: tl.constexpr):
+    """Products of queries [M, C] and keys [N, C]: [M, N], or [N, M] with KEYS_FIRST."""
+    if KEYS_FIRST:
+        return tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    else:
+        return tl.dot(q, tl.trans(k), input_precision=PRECISION)
+
+
+@triton.jit
+def _add_values(p, v, acc, KEYS_FIRST: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + p v for values [N, C] and weights p laid out as _scores': [M, C], or [C, M] with KEYS_FIRST."""
+    if KEYS_FIRST:
+        return tl.dot(tl.trans(v), p, acc, input_precision=PRECISION)
+    else:
+        return tl.dot(p, v, acc, input_precision=PRECISION)
+
+
 @triton.jit(do_not_specialize=["batch"])
 def _mla_decode_kernel(
     q_ptr, cache_ptr, scales_ptr, rotary_ptr, table_ptr, seq_lens_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
@@ -105,12 +147,14 @@ def _mla_decode_kernel(
     CAUSAL: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr, TILE: tl.constexpr,
     V_DIM: tl.constexpr, REST: tl.constexpr, ROW_STRIDE: tl.constexpr, SMALL_PAGE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-    LEAST: tl.constexpr, SEQUENCE_COST: tl.constexpr, PRECISION: tl.constexpr,
+    LEAST: tl.constexpr, SEQUENCE_COST: tl.constexpr, KEYS_FIRST: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (m, p): query rows m * BLOCK_M.. of every sequence of which part p has blocks. q [batch, rows, V_DIM +
     REST] and out [batch, rows, V_DIM] contiguous, rows = new * heads; score_scale includes log2(e). A sequence that
     began in an earlier part leaves its partial result at [p], one that goes on in the next at [parts + p]; with
     partial_lse in units of log2. SMALL_PAGE: the page's rows where a block crosses pages, else 0.
+    KEYS_FIRST: the products are transposed, acc is [V_DIM, rows].
     FP8: cache, scales and rotary are the three fields of rows, strides are bytes, NATIVE: the chip converts e4m3."""
     part = tl.program_id(1)
     parts = tl.num_programs(1)
@@ -123,7 +167,6 @@ def _mla_decode_kernel(
 
     cols = tl.arange(0, BLOCK_C)
     rest_cols = V_DIM + tl.arange(0, BLOCK_R)
-    in_block = tl.arange(0, BLOCK_N)
     in_tile = tl.arange(0, BLOCK_M)
     tile = tl.program_id(0) * BLOCK_M
     is_row = in_tile < rows - tile
@@ -131,6 +174,11 @@ def _mla_decode_kernel(
     if BLOCK_C > V_DIM:
         is_latent = is_latent & (cols < V_DIM)[None, :]
     width: tl.constexpr = V_DIM + REST
+    key_axis: tl.constexpr = 0 if KEYS_FIRST else 1  # of scores; their other axis are query rows
+    # A block of fp8 rows widened in the step before goes to shared memory once, for both products. If it were widened
+    # and multiplied in one step, Triton would convert it for each, and load its codes only then. Of 64 query rows,
+    # whose acc leaves no registers for a block, Triton does neither.
+    ahead: tl.constexpr = FP8 and BLOCK_M < 64
     base = 0 if FP8 else cache_ptr  # of places: bytes that three pointers share, or addresses
 
     # disable_licm: the query's addresses in shared memory must not be kept in registers, all of which acc needs
@@ -156,29 +204,25 @@ def _mla_decode_kernel(
             q_rest_mask = is_row[:, None] & (rest_cols < width)[None, :]
             q_rest = tl.load(q_tile + rest_cols[None, :], mask=q_rest_mask, other=0.0)
         largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK_M,), tl.float32)
-        acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+        total = tl.zeros((BLOCK_N, BLOCK_M) if KEYS_FIRST else (BLOCK_M,), tl.float32)
+        acc = tl.zeros((BLOCK_C, BLOCK_M) if KEYS_FIRST else (BLOCK_M, BLOCK_C), tl.float32)
         pages = table_ptr + sequence.to(tl.int64) * table_stride
-        for block in tl.range(begin, end, disable_licm=True):
-            token = block * BLOCK_N + in_block
-            valid = token < length
-            if SMALL_PAGE > 0:
-                number = tl.load(pages + token // SMALL_PAGE, mask=valid, other=0).to(tl.int64)
-                place = base + number * page_stride + (token % SMALL_PAGE) * ROW_STRIDE
-            else:
-                number = tl.load(pages + block * BLOCK_N // page).to(tl.int64)
-                place = base + number * page_stride + (block * BLOCK_N % page).to(tl.int64) * ROW_STRIDE
-                place += in_block * ROW_STRIDE
-            if FP8:
+        limit = tl.minimum(length, end * BLOCK_N)
+        if ahead:
+            _, valid, place = _places(pages, base, begin, limit, page, page_stride, BLOCK_N, ROW_STRIDE, SMALL_PAGE)
+            kv = _widened(cache_ptr, scales_ptr, place, valid, V_DIM, TILE, BLOCK_N, NATIVE).to(q.dtype)
+        for block in tl.range(begin, end, disable_licm=True, num_stages=STAGES):
+            token, valid, place = _places(pages, base, block, limit, page, page_stride, BLOCK_N, ROW_STRIDE, SMALL_PAGE)
+            if FP8 and not ahead:
                 kv = _widened(cache_ptr, scales_ptr, place, valid, V_DIM, TILE, BLOCK_N, NATIVE).to(q.dtype)
-            else:
+            elif not FP8:
                 kv_mask = valid[:, None]
                 if BLOCK_C > V_DIM:
                     kv_mask = kv_mask & (cols < V_DIM)[None, :]
                 kv = tl.load(place[:, None] + cols[None, :], mask=kv_mask, other=0.0)
             # Two products that are not summed into one, and a mask behind a branch: otherwise Triton takes them for
             # links of a chain that ends in acc, and has both halves of the warps compute the same scores.
-            scores = tl.dot(q, tl.trans(kv), input_precision=PRECISION) * score_scale
+            scores = _scores(q, kv, KEYS_FIRST, PRECISION) * score_scale
             if REST > 0:
                 rest_mask = valid[:, None] & (rest_cols < width)[None, :]
                 if FP8:
@@ -186,17 +230,29 @@ def _mla_decode_kernel(
                     k_rest = tl.load(rotary_ptr + rest_place, mask=rest_mask, other=0.0).to(q.dtype)
                 else:
                     k_rest = tl.load(place[:, None] + rest_cols[None, :], mask=rest_mask, other=0.0)
-                scores += tl.dot(q_rest, tl.trans(k_rest), input_precision=PRECISION) * score_scale
+                scores += _scores(q_rest, k_rest, KEYS_FIRST, PRECISION) * score_scale
             if (block + 1) * BLOCK_N > all_seen:
-                scores = tl.where(token[None, :] < seen[:, None], scores, float("-inf"))
-            larger = tl.maximum(largest, tl.max(scores, axis=1))
+                is_seen = tl.expand_dims(token, 1 - key_axis) < tl.expand_dims(seen, key_axis)
+                scores = tl.where(is_seen, scores, float("-inf"))
+            larger = tl.maximum(largest, tl.max(scores, axis=key_axis))
             shift = tl.where(larger == float("-inf"), 0.0, larger)  # nothing seen yet: -inf - -inf would be NaN
-            p = tl.exp2(scores - shift[:, None])
+            p = tl.exp2(scores - tl.expand_dims(shift, key_axis))
             kept = tl.exp2(largest - shift)
-            total = total * kept + tl.sum(p, axis=1)
-            acc = tl.dot(p.to(kv.dtype), kv, acc * kept[:, None], input_precision=PRECISION)
+            if KEYS_FIRST:  # summed up behind the loop, which saves a reduction between warps here
+                total = total * kept[None, :] + p
+            else:
+                total = total * kept + tl.sum(p, axis=1)
+            acc = _add_values(p.to(kv.dtype), kv, acc * tl.expand_dims(kept, key_axis), KEYS_FIRST, PRECISION)
             largest = larger
+            if ahead:
+                _, valid, place = _places(
+                    pages, base, block + 1, limit, page, page_stride, BLOCK_N, ROW_STRIDE, SMALL_PAGE
+                )
+                kv = _widened(cache_ptr, scales_ptr, place, valid, V_DIM, TILE, BLOCK_N, NATIVE).to(q.dtype)
 
+        if KEYS_FIRST:
+            total = tl.sum(total, axis=0)
+            acc = tl.trans(acc)
         acc = acc * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
         lse = largest + tl.log2(total)
         place_out = in_tile[:, None] * V_DIM + cols[None, :]
@@ -269,7 +325,7 @@ def _triton_decode(
     lse = q.new_empty(batch, new, heads, dtype=torch.float32)
     kernel = "mla_decode_fp8" if fp8 else "mla_decode_fp32" if q.dtype == torch.float32 else "mla_decode"
     arch = _launch.arch(q)
-    config = dict(_launch.config("mla_decode", kernel, arch, rows=rows, v_dim=v_dim))
+    config = {"KEYS_FIRST": False, **_launch.config("mla_decode", kernel, arch, rows=rows, v_dim=v_dim)}
     block_n, least = config["BLOCK_N"], config["LEAST"]
     tiles = triton.cdiv(rows, config["BLOCK_M"])
     room = block_table.shape[1] * page
@@ -287,7 +343,7 @@ def _triton_decode(
         CAUSAL=causal, FP8=fp8, NATIVE=fp8 and native_e4m3(q), TILE=TILE, REST=width - v_dim,
         ROW_STRIDE=kv_cache.stride(1), SMALL_PAGE=page if page % block_n else 0,
         BLOCK_C=max(16, triton.next_power_of_2(v_dim)), BLOCK_R=max(16, triton.next_power_of_2(width - v_dim)),
-        PRECISION="ieee" if torch.version.hip else "tf32x3", **shares, **config,
+        PRECISION="ieee" if torch.version.hip else "tf32x3", STAGES=config["num_stages"], **shares, **config,
     )  # fmt: skip
     if parts > 1:
         combine = _launch.config("mla_decode", "mla_decode_combine", arch, batch=batch)

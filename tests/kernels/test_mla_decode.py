@@ -101,6 +101,7 @@ CASES = {
     "odd widths": (3, 2, [90, 2], 64, 17, 5),
     "one number": (3, 1, [90], 64, 1, 1),
     "V3": (16, 1, [70], 64, *V3),
+    "V3, 2 tokens": (16, 2, [70], 64, *V3),
 }
 
 
@@ -140,17 +141,25 @@ def test_large_scores_do_not_overflow(sign: int, device: torch.device) -> None:
     torch.testing.assert_close(lse.cpu().double(), want_lse, atol=0, rtol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["triton"], indirect=True)
-@pytest.mark.parametrize("processors", [1, 5, 12])
-def test_any_share_of_the_work(processors: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few parts of many sequences, many parts of one; borders inside sequences, between them, in what beginning one
-    is taken to cost; idle parts."""
-    config = dict(BLOCK_M=16, BLOCK_N=16, LEAST=1, PROGRAMS_PER_SM=1, num_warps=4, num_stages=1)
+def force_shares(monkeypatch: pytest.MonkeyPatch, processors: int, keys_first: bool) -> None:
+    """Blocks of 16 rows, shared out over so many parts."""
+    config = dict(BLOCK_M=16, BLOCK_N=16, LEAST=1, PROGRAMS_PER_SM=1, KEYS_FIRST=keys_first, num_warps=4, num_stages=1)
     combine = dict(SLOTS=2, NUMBERS=64, num_warps=4)
     monkeypatch.setattr(
         room._launch, "config", lambda room, kernel, arch, **shape: combine if "combine" in kernel else config
     )
     monkeypatch.setattr(room._launch, "multiprocessors", lambda x: processors)
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize("keys_first", [False, True], ids=["", "keys first"])
+@pytest.mark.parametrize("processors", [1, 5, 12])
+def test_any_share_of_the_work(
+    processors: int, keys_first: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few parts of many sequences, many parts of one; borders inside sequences, between them, in what beginning one
+    is taken to cost; idle parts."""
+    force_shares(monkeypatch, processors, keys_first)
     lengths = [0, 83, 16, 0, 1, 0]
     (q, *cache), rows = problem(lengths, 2, 9, 24, 8, 32, torch.float32, device)
     with poisoned_memory():
@@ -196,6 +205,8 @@ FP8_CASES = {
     "8 tokens": (1, 8, [5, 36], 16, 128, 16),
     "middle, pages of 7": (2, 3, [37], 7, 256, 64),
     "no rest": (2, 1, [33, 33], 16, 128, 0),
+    "64 rows": (16, 4, [70], 64, 128, 16),
+    "32 rows of V3": (16, 2, [70, 5], 64, *V3),
     "wider than kernels serve": (2, 1, [20], 16, 640, 64),
 }
 
@@ -213,6 +224,20 @@ def test_fp8_cache(
     got = mla_decode(q, cache, *more, v_dim, 0.5, causal)
     assert got[0].dtype == dtype and got[1].dtype == torch.float32
     assert_as_flash_mla(got, exact(q, rows, v_dim, 0.5, causal))
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize("page", [8, 32])
+@pytest.mark.parametrize("keys_first", [False, True], ids=["", "keys first"])
+def test_any_share_of_fp8_rows(
+    keys_first: bool, page: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks are widened one ahead: not beyond a part's end, a sequence's, or the table's."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+    (q, cache, table, lengths), rows = fp8_problem([0, 96, 16, 0, 1], 2, 9, 128, 16, page, dtype, device)
+    force_shares(monkeypatch, 5, keys_first)
+    got = mla_decode(q, cache, table[:, : 96 // page].contiguous(), lengths, 128, 0.5)
+    assert_as_flash_mla(got, exact(q, rows, 128, 0.5, True))
 
 
 def test_fp8_strides_do_not_matter(device: torch.device) -> None:
