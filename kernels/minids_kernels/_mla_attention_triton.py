@@ -10,10 +10,13 @@ takes several heads where all are shared, else each head writes its own part.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import _launch
@@ -265,9 +268,27 @@ def _mla_attention_dkdv_kernel(
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 
-def _columns(x: Tensor) -> Tensor:
-    """x [T, H, D] with neighbouring columns side by side, and rows near enough for 32-bit offsets within a tile."""
-    return x if (x.stride(2) == 1 or x.shape[2] == 1) and x.stride(0) < 1 << 23 else x.contiguous()
+def _is_wide(x: Tensor) -> bool:
+    """Whether x [T, H, D] is as kernels need it: width and strides in multiples of 16 and a start at 16 bytes, so that
+    a thread fetches 16 bytes at a time (Triton 3.6 on sm_90 gives wrong numbers where wide tiles come in loads of two
+    bytes), and rows near enough for 32-bit offsets within a tile."""
+    numbers = (x.shape[2], x.data_ptr(), *_strides(x))
+    return x.shape[2] == 0 or (x.stride(2) == 1 and x.stride(0) < 1 << 23 and all(n % 16 == 0 for n in numbers))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x, or a copy of it with zeros behind each row."""
+    return x if _is_wide(x) else F.pad(x, (0, -x.shape[2] % 16)).contiguous()
+
+
+@contextlib.contextmanager
+def _written(*outs: Tensor) -> Iterator[list[Tensor]]:
+    """What kernels write instead of `outs` [T, H, D], which is copied over afterwards."""
+    wide = [x if _is_wide(x) else x.new_empty(*x.shape[:2], triton.cdiv(x.shape[2], 16) * 16) for x in outs]
+    yield wide
+    for out, rows in zip(outs, wide, strict=True):
+        if rows is not out:
+            out.copy_(rows[..., : out.shape[2]])
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -303,11 +324,16 @@ def _tiles(tokens: int, documents: int, block: int) -> int:
     return tokens // block + documents
 
 
+def _width(q: list[Tensor], k: list[Tensor]) -> int:
+    """Columns of a row's first part."""
+    return next((x[0].shape[2] for x in (q, k) if len(x) == 2), _split(q[0].shape[2]))
+
+
 def _apart(q: list[Tensor], k: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Both parts of q and of k as the kernels see them: those given, else views."""
-    width = next((x[0].shape[2] for x in (q, k) if len(x) == 2), _split(q[0].shape[2]))
-    main, rest = _halves([_columns(part) for part in q], width)
-    return main, rest, *_halves([_columns(part) for part in k], width)
+    width = _width(q, k)
+    main, rest, k_main, k_rest = (_wide(part) for x in (q, k) for part in _halves(x, width))
+    return main, rest, k_main, k_rest
 
 
 def _halves(x: list[Tensor], width: int) -> tuple[Tensor, Tensor]:
@@ -322,15 +348,16 @@ def forward(
     out = v.new_empty(tokens, heads, v.shape[2])
     lse = v.new_empty(heads, tokens, dtype=torch.float32)
     main, rest, k_main, k_rest = _apart(q, k)
-    v = _columns(v)
+    v = _wide(v)
     shape = _shape(main, rest, v, causal)
     config = _config("mla_attention_fwd", v, shape)
     tiles = _tiles(tokens, documents, config["BLOCK_M"])
-    _launch.launch(
-        _mla_attention_fwd_kernel, (tiles * heads,),
-        main, rest, k_main, k_rest, v, out, lse, cu_seqlens, cu_seqlens_k, tokens, documents, tiles,
-        scale * math.log2(math.e), *_strides(main, rest, k_main, k_rest, v, out), **shape, **config,
-    )  # fmt: skip
+    with _written(out) as [wide]:
+        _launch.launch(
+            _mla_attention_fwd_kernel, (tiles * heads,),
+            main, rest, k_main, k_rest, v, wide, lse, cu_seqlens, cu_seqlens_k, tokens, documents, tiles,
+            scale * math.log2(math.e), *_strides(main, rest, k_main, k_rest, v, wide), **shape, **config,
+        )  # fmt: skip
     return out, lse, v.new_empty(0)
 
 
@@ -341,18 +368,18 @@ def backward(
     """dq [T, H, D], whole or in two parts, is written to; -> dk, dv."""
     (tokens, heads, _), documents = q[0].shape, cu_seqlens.shape[0] - 1
     main, rest, k_main, k_rest = _apart(q, k)
-    width = main.shape[2]
+    width = _width(q, k)
     delta = torch.empty_like(lse)
-    dout, v = _columns(dout), _columns(v)
-    shape = _shape(main, rest, v, causal)
+    dout, out, wide_v = _wide(dout), _wide(out), _wide(v)
+    shape = _shape(main, rest, wide_v, causal)
     config = _config("mla_attention_dq", v, shape)
     tiles = _tiles(tokens, documents, config["BLOCK_M"])
-    _launch.launch(
-        _mla_attention_dq_kernel, (tiles * heads,),
-        dout, main, rest, k_main, k_rest, v, out, lse, delta, *_halves(dq, width), cu_seqlens, cu_seqlens_k, tokens,
-        documents, tiles, scale, *_strides(dout, main, rest, k_main, k_rest, v, out, *_halves(dq, width)), **shape,
-        **config,
-    )  # fmt: skip
+    with _written(*_halves(dq, width)) as outs:
+        _launch.launch(
+            _mla_attention_dq_kernel, (tiles * heads,),
+            dout, main, rest, k_main, k_rest, wide_v, out, lse, delta, *outs, cu_seqlens, cu_seqlens_k, tokens,
+            documents, tiles, scale, *_strides(dout, main, rest, k_main, k_rest, wide_v, out, *outs), **shape, **config,
+        )  # fmt: skip
 
     config = _config("mla_attention_dkdv", v, shape)
     keys = v.shape[0]
@@ -366,12 +393,13 @@ def backward(
         return x.new_empty(keys, parts, x.shape[2], dtype=torch.float32 if shared and parts > 1 else x.dtype)
 
     dk, dv = [buffer(part) for part in k], buffer(v)
-    _launch.launch(
-        _mla_attention_dkdv_kernel, (tiles * parts,),
-        dout, main, rest, k_main, k_rest, v, lse, delta, *_halves(dk, width), dv, cu_seqlens, cu_seqlens_k, tokens,
-        documents, tiles, heads, heads_each, scale,
-        *_strides(dout, main, rest, k_main, k_rest, v, *_halves(dk, width), dv), **shape, **config,
-    )  # fmt: skip
+    with _written(*_halves(dk, width), dv) as outs:
+        _launch.launch(
+            _mla_attention_dkdv_kernel, (tiles * parts,),
+            dout, main, rest, k_main, k_rest, wide_v, lse, delta, *outs, cu_seqlens, cu_seqlens_k, tokens, documents,
+            tiles, heads, heads_each, scale, *_strides(dout, main, rest, k_main, k_rest, wide_v, *outs), **shape,
+            **config,
+        )  # fmt: skip
     summed = (
         d.sum(1, keepdim=True).to(x.dtype) if x.shape[1] < d.shape[1] else d
         for d, x in zip((*dk, dv), (*k, v), strict=True)

@@ -120,6 +120,36 @@ def test_widths(width: int, v_width: int, mode: str, device: torch.device) -> No
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("nope", "rope", "v_width"), [(128, 64, 128), (24, 0, 8), (136, 0, 1), (40, 24, 7), (8, 33, 33)]
+)
+@pytest.mark.parametrize("apart", [False, True])
+def test_kernels_see_rows_that_load_16_bytes_at_a_time(
+    nope: int, rope: int, v_width: int, apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a row starts in the middle of a wider one; what is fine already is not copied."""
+    seen: list[Tensor] = []
+    monkeypatch.setattr(_launch, "BACKEND", "triton")
+    monkeypatch.setattr(_launch, "launch", lambda kernel, grid, *args, **kwargs: seen.extend(tensors_of(args)))
+    q, k, v = (torch.randn(9, HEADS, width + 3).half() for width in (nope + rope, nope + rope, v_width))
+    fine = (nope, v_width) == (128, 128)
+    q, k, v = (x[..., :-3].contiguous() if fine else x[..., 3:] for x in (q, k, v))
+    rows = [x.requires_grad_() for x in (*(k.split([nope, rope], -1) if apart and rope else (k,)), q, v)]
+    *keys, q, v = rows
+    mla_attention(q, tuple(keys) if len(keys) == 2 else keys[0], v, cumulative([9])).sum().backward()
+    assert len(seen) == 6 + 9 + 9
+    for x in seen:
+        if x.shape[2]:
+            assert x.stride(2) == 1 and all(n % 16 == 0 for n in (x.shape[2], x.data_ptr(), *x.stride()[:2]))
+    if fine:
+        assert {q.data_ptr(), v.data_ptr(), keys[0].data_ptr()} <= {x.data_ptr() for x in seen}
+
+
+def tensors_of(args: tuple[Any, ...]) -> list[Tensor]:
+    """Rows [T, H, D] among them."""
+    return [x for x in args if isinstance(x, Tensor) and x.dim() == 3]
+
+
 @pytest.mark.parametrize(("apart_q", "apart_k"), [(True, True), (False, True), (True, False)])
 @pytest.mark.parametrize(
     ("nope", "rope", "mode"), [(8, 4, "fp32"), (32, 16, "fp16"), (40, 24, "fp16"), (80, 80, "fp32")]
