@@ -157,11 +157,20 @@ def tuning(device: torch.device) -> dict[str, Tuning]:
 
         return run
 
-    def candidates(shape: Mapping[str, int]) -> list[dict[str, Any]]:
-        sides = (32, 64, 128) if shape["BITS"] == 16 else (16, 32, 64)
-        return combinations(BLOCK_M=sides, BLOCK_N=sides, num_warps=(4, 8), num_stages=(1, 2, 3))
+    def candidates(rows: str, shape: Mapping[str, int]) -> list[dict[str, Any]]:
+        """Tensor cores take 16 rows of scores a warp: more warps would do the same rows again."""
+        if shape["BITS"] == 32:
+            return combinations(BLOCK_M=(16, 32, 64), BLOCK_N=(16, 32, 64), num_warps=(4, 8), num_stages=(1, 2, 3))
+        sides = (32, 64, 128)
+        configs = combinations(BLOCK_M=sides, BLOCK_N=sides, num_warps=(4, 8), num_stages=(1, 2, 3, 4))
+        return [config for config in configs if config["num_warps"] == 4 or config[rows] == 128]
 
-    return {kernel: Tuning(bind("fwd" if kernel == KERNELS[0] else "bwd"), candidates) for kernel in KERNELS}
+    forward, dq, dkdv = KERNELS
+    return {
+        forward: Tuning(bind("fwd"), functools.partial(candidates, "BLOCK_M")),
+        dq: Tuning(bind("bwd"), functools.partial(candidates, "BLOCK_M")),
+        dkdv: Tuning(bind("bwd"), functools.partial(candidates, "BLOCK_N")),
+    }
 
 
 def launches(arch: str, every: bool) -> list[tuple[str, Callable[[], Any]]]:
