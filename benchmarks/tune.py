@@ -1,7 +1,7 @@
 """Measures the launch tables on the GPU of this machine and writes them: never done at run time.
 
     python -m benchmarks.tune [--op rms_norm ...] [--kernels rms_norm_bwd ...] [--repeats 20] [--margin 0.02]
-                              [--workers 16] [--log FILE.json]
+                              [--sizes WIDTH=320 ...] [--workers 16] [--log FILE.json]
 
 For every entry's shape in kernels/minids_kernels/configs/<room>.json it tries the candidates that the room's module in
 benchmarks/ops lists, beside the config in use, by the timer of benchmarks.run. First all are compiled, by processes
@@ -59,12 +59,16 @@ def tunings(room: str, device: torch.device) -> dict[str, Tuning]:
     return found
 
 
-def room_entries(room: str, kernels: Sequence[str] | None, chip: str) -> list[Entry]:
+def room_entries(
+    room: str, kernels: Sequence[str] | None, chip: str, sizes: Mapping[str, int] | None = None
+) -> list[Entry]:
+    """Those whose shapes have these sizes."""
     return [
         Entry(room, kernel, entry["shape"], with_candidates(entry["config"], tuning, entry["shape"]))
         for kernel, tuning in tunings(room, META).items()
         if kernels is None or kernel in kernels
         for entry in _launch.entries(room, kernel, chip)
+        if (sizes or {}).items() <= entry["shape"].items()
     ]
 
 
@@ -215,13 +219,22 @@ def table_text(table: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -
     return "{\n" + ",\n".join(kernels) + "\n}\n"
 
 
-def write_table(room: str, kernel: str, chip: str, configs: Sequence[Config]) -> None:
-    """Gives the entries of a kernel on `chip` these configs, in order."""
+def write_table(room: str, kernel: str, chip: str, reports: Sequence[Mapping[str, Any]]) -> None:
+    """Gives the entries of a kernel on `chip` the reports' configs; those without a report keep theirs."""
     file = CONFIGS / f"{room}.json"
     table = read_json(file)
-    former = _launch.entries(room, kernel, chip)
-    table[kernel][chip] = [{**entry, "config": config} for entry, config in zip(former, configs, strict=True)]
+    found = {tuple(report["shape"].items()): report["config"] for report in reports}
+    table[kernel][chip] = [
+        {**entry, "config": found.get(tuple(entry["shape"].items()), entry["config"])}
+        for entry in _launch.entries(room, kernel, chip)
+    ]
     atomic_write(file, table_text(table))
+
+
+def size(text: str) -> tuple[str, int]:
+    """ "WIDTH=320" -> ("WIDTH", 320)."""
+    name, _, value = text.partition("=")
+    return name, int(value)
 
 
 def tune(
@@ -238,7 +251,7 @@ def tune(
             say(f"  {report['former_us']} us -> {report['us']} us: {report['config']}")
             reports.append(report)
             torch.cuda.empty_cache()
-        write_table(room, kernel, arch(device), [report["config"] for report in reports])
+        write_table(room, kernel, arch(device), reports)
         yield reports
 
 
@@ -247,6 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", nargs="+", default=rooms, choices=rooms, help="default: all")
     parser.add_argument("--kernels", nargs="+", help="default: all of the op's table")
+    parser.add_argument("--sizes", nargs="+", type=size, default=[], help="only entries that have these: WIDTH=320")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--margin", type=float, default=0.02, help="gain below which the config in use stays")
     parser.add_argument(
@@ -258,7 +272,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say("benchmarks.tune: no GPU here; launch tables can only be measured on one")
         return 2
     device = torch.device("cuda")
-    entries = [entry for room in options.op for entry in room_entries(room, options.kernels, arch(device))]
+    entries = [
+        entry for room in options.op for entry in room_entries(room, options.kernels, arch(device), dict(options.sizes))
+    ]
     refused = compile_entries(entries, arch(device), options.workers)
     reports: list[dict[str, Any]] = []
     for some in tune(entries, refused, device, options.repeats, options.margin):
