@@ -4,10 +4,9 @@ FlashAttention-2 (arXiv 2307.08691) with exponentials of two in fp32, a program 
 head. Which document a tile lies in is searched on the device: the grid knows T and the number of documents and no
 length. A row's width that is no power of two is two products, 192 = 128 + 64. The backward computes the probabilities
 again from the log-sum-exp, once for dq and once for dk and dv: no atomics, the same bits every time, and 8 bytes a row
-and head of workspace. A program's tiles are one loop with a branch around the mask: where two loops hand their sums on,
-ptxas waits for every single wgmma. Its warps (4 a group on sm_90) split the rows of its scores, so that 8 of them on 64
-rows would do everything twice. Keys or values that heads share get their gradient as a sum of fp32 parts in one order:
-a program takes several heads where all are shared, else each head writes its own part.
+and head of workspace. A tile's warps split the rows of its scores, 16 each: 8 on 64 rows would do everything twice.
+Keys or values that heads share get their gradient as a sum of fp32 parts in one order: a program takes several heads
+where all are shared, else each head writes its own part.
 """
 
 from __future__ import annotations
@@ -77,15 +76,31 @@ def _store(ptr, x, first, length, stride, ROWS: tl.constexpr, WIDTH: tl.constexp
 
 
 @triton.jit
-def _seen(first, ahead, keys, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Of the rows first..: the end of the keys that all of them see, and of those that any sees."""
-    if CAUSAL:
-        whole = tl.minimum(first + ahead + 1, keys)
-        end = tl.minimum(first + BLOCK_M + ahead, keys)
-    else:
-        whole = keys
-        end = keys
-    return whole, end
+def _attend(
+    acc, total, top, q, q_rest, k_ptr, k_rest_ptr, v_ptr, rows, begin, end, keys, k_stride, k_rest_stride, v_stride,
+    scale_log2, CAUSAL: tl.constexpr, MASKED: tl.constexpr, WIDTH: tl.constexpr, MAIN: tl.constexpr,
+    REST_WIDTH: tl.constexpr, REST: tl.constexpr, V_WIDTH: tl.constexpr, VALUE: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Takes keys begin..end of `keys` into the running softmax: acc [M, VALUE] and total [M], both times 2^-top [M].
+    `rows`: the last key that each row sees."""
+    for first in tl.range(begin, end, BLOCK_N):
+        k = _load(k_ptr, first, keys, k_stride, BLOCK_N, WIDTH, MAIN)
+        scores = tl.dot(q, k.T, input_precision="ieee")
+        if REST:
+            k_rest = _load(k_rest_ptr, first, keys, k_rest_stride, BLOCK_N, REST_WIDTH, REST)
+            scores = tl.dot(q_rest, k_rest.T, scores, input_precision="ieee")
+        if MASKED:
+            cols = first + tl.arange(0, BLOCK_N)
+            seen = cols[None, :] <= rows[:, None] if CAUSAL else cols[None, :] < keys
+            scores = tl.where(seen, scores, float("-inf"))
+        new = tl.maximum(top, tl.max(scores, 1) * scale_log2)
+        p = tl.exp2(scores * scale_log2 - new[:, None])
+        fade = tl.exp2(top - new)
+        total = total * fade + tl.sum(p, 1)
+        v = _load(v_ptr, first, keys, v_stride, BLOCK_N, V_WIDTH, VALUE)
+        acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+        top = new
+    return acc, total, top
 
 
 @triton.jit
@@ -116,24 +131,17 @@ def _mla_attention_fwd_kernel(
     lowest: tl.constexpr = -3.4028234663852886e38  # of fp32: what is hidden, -inf, lies below the maximum of no scores
     top = tl.full((BLOCK_M,), lowest, tl.float32)
     ahead = keys - length  # the last row sees the last key
-    whole, end = _seen(first, ahead, keys, CAUSAL, BLOCK_M)
-    for key in tl.range(0, end, BLOCK_N):
-        k = _load(k_ptr, key, keys, k_stride, BLOCK_N, WIDTH, MAIN)
-        scores = tl.dot(q, k.T, input_precision="ieee")
-        if REST:
-            k_rest = _load(k_rest_ptr, key, keys, k_rest_stride, BLOCK_N, REST_WIDTH, REST)
-            scores = tl.dot(q_rest, k_rest.T, scores, input_precision="ieee")
-        if key + BLOCK_N > whole:
-            cols = key + tl.arange(0, BLOCK_N)
-            seen = cols[None, :] <= rows[:, None] + ahead if CAUSAL else cols[None, :] < keys
-            scores = tl.where(seen, scores, float("-inf"))
-        new = tl.maximum(top, tl.max(scores, 1) * scale_log2)
-        p = tl.exp2(scores * scale_log2 - new[:, None])
-        fade = tl.exp2(top - new)
-        total = total * fade + tl.sum(p, 1)
-        v = _load(v_ptr, key, keys, v_stride, BLOCK_N, V_WIDTH, VALUE)
-        acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
-        top = new
+    whole = tl.maximum(first + ahead, 0) if CAUSAL else keys  # keys before it are seen by all rows
+    whole = whole // BLOCK_N * BLOCK_N
+    end = tl.minimum(first + BLOCK_M + ahead, keys) if CAUSAL else keys
+    acc, total, top = _attend(
+        acc, total, top, q, q_rest, k_ptr, k_rest_ptr, v_ptr, rows + ahead, 0, whole, keys, k_stride, k_rest_stride,
+        v_stride, scale_log2, CAUSAL, False, WIDTH, MAIN, REST_WIDTH, REST, V_WIDTH, VALUE, BLOCK_N,
+    )  # fmt: skip
+    acc, total, top = _attend(
+        acc, total, top, q, q_rest, k_ptr, k_rest_ptr, v_ptr, rows + ahead, whole, end, keys, k_stride, k_rest_stride,
+        v_stride, scale_log2, CAUSAL, True, WIDTH, MAIN, REST_WIDTH, REST, V_WIDTH, VALUE, BLOCK_N,
+    )  # fmt: skip
     out_ptr += start * out_stride + head * out_head
     empty = total == 0
     _store(out_ptr, acc / tl.where(empty, 1.0, total)[:, None], first, length, out_stride, BLOCK_M, V_WIDTH, VALUE)
@@ -175,7 +183,8 @@ def _mla_attention_dq_kernel(
     tl.store(delta_ptr + head * T + start + rows, delta, mask=rows < length)
     lse = tl.load(lse_ptr + head * T + start + rows, mask=rows < length, other=0.0) * log2e
     ahead = keys - length
-    whole, end = _seen(first, ahead, keys, CAUSAL, BLOCK_M)
+    whole = tl.minimum(first + ahead + 1, keys) if CAUSAL else keys  # keys before it are seen by all rows
+    end = tl.minimum(first + BLOCK_M + ahead, keys) if CAUSAL else keys
     for key in tl.range(0, end, BLOCK_N):
         k = _load(k_ptr, key, keys, k_stride, BLOCK_N, WIDTH, MAIN)
         scores = tl.dot(q, k.T, input_precision="ieee")
@@ -184,7 +193,7 @@ def _mla_attention_dq_kernel(
             scores = tl.dot(q_rest, k_rest.T, scores, input_precision="ieee")
         v = _load(v_ptr, key, keys, v_stride, BLOCK_N, V_WIDTH, VALUE)
         dp = tl.dot(dout, v.T, input_precision="ieee")
-        if key + BLOCK_N > whole:
+        if key + BLOCK_N > whole:  # no second loop: ptxas would wait for every wgmma of both
             cols = key + tl.arange(0, BLOCK_N)
             seen = cols[None, :] <= rows[:, None] + ahead if CAUSAL else cols[None, :] < keys
             scores = tl.where(seen, scores, float("-inf"))
