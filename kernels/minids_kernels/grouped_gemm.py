@@ -203,43 +203,83 @@ def _sources(token_ptr, rows, end, GATHERED: tl.constexpr):
 
 @triton.jit
 def _grouped_outer_kernel(
-    a, a_token_ptr, b, b_token_ptr, offsets_ptr, out_ptr, M, N, a_row, a_col, b_row, b_col,
+    a, a_token_ptr, b, b_token_ptr, offsets_ptr, out_ptr, parts_ptr, T, E, M, N, a_row, a_col, b_row, b_col,
     A_TMA: tl.constexpr, B_TMA: tl.constexpr, A_GATHERED: tl.constexpr, B_GATHERED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
     """One tile of out [E, M, N] contiguous a program: a.T @ b over one expert's rows, which are tokens' where GATHERED.
-    TMA: the operand is one of Triton's ragged descriptors, which give zeros behind a segment of any length."""
+    TMA: the operand is one of Triton's ragged descriptors, which give zeros behind a segment of any length. ROWS: no
+    program sums more rows, and the parts of segments that have more go to parts [2 * (T // ROWS + 1), M, N] fp32, see
+    `_part`; 0: one program sums all. EXPERTS: a power of two above E."""
     down = tl.cdiv(M, BLOCK_M)
     across = tl.cdiv(N, BLOCK_N)
     expert = tl.program_id(0) // (down * across)
     tile, column = _tile(tl.program_id(0) % (down * across), down, across, GROUP)
-    start = tl.load(offsets_ptr + expert)
-    end = tl.load(offsets_ptr + expert + 1)
-    ms = (tile * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
-    ns = (column * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
-    rows = start + tl.arange(0, BLOCK_T)
-    a_rows = _sources(a_token_ptr, rows, end, A_GATHERED)
-    b_rows = _sources(b_token_ptr, rows, end, B_GATHERED)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for t in tl.range(start, end, BLOCK_T):
-        rows = t + tl.arange(0, BLOCK_T)
-        if A_TMA:
-            left = load_ragged(a, start, end - start, [t - start, tile * BLOCK_M]).T
+    if ROWS > 0:
+        expert, first, end = segment_of(expert, offsets_ptr, E, T, ROWS, EXPERTS)
+        start = tl.load(offsets_ptr + expert)
+        last = tl.minimum(first + ROWS, end)
+        used = (expert < E) & ((first < end) | (first == start))
+    else:
+        start = tl.load(offsets_ptr + expert)
+        end = tl.load(offsets_ptr + expert + 1)
+        first, last, used = start, end, True
+    if used:
+        ms = (tile * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+        ns = (column * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+        rows = first + tl.arange(0, BLOCK_T)
+        a_rows = _sources(a_token_ptr, rows, end, A_GATHERED)
+        b_rows = _sources(b_token_ptr, rows, end, B_GATHERED)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for t in tl.range(first, last, BLOCK_T):
+            rows = t + tl.arange(0, BLOCK_T)
+            if A_TMA:
+                left = load_ragged(a, start, end - start, [t - start, tile * BLOCK_M]).T
+            else:
+                seen = (rows[None, :] < end) & (ms < M)
+                left = tl.load(a + a_rows[None, :] * a_row + ms * a_col, mask=seen, other=0.0)
+            if B_TMA:
+                right = load_ragged(b, start, end - start, [t - start, column * BLOCK_N])
+            else:
+                seen = (rows[:, None] < end) & (ns < N)
+                right = tl.load(b + b_rows[:, None] * b_row + ns * b_col, mask=seen, other=0.0)
+            acc = tl.dot(left, right, acc, input_precision="ieee")
+            # a step ahead: loads of addresses that are loaded in the same step would halve the pipeline's depth
+            a_rows = _sources(a_token_ptr, rows + BLOCK_T, end, A_GATHERED)
+            b_rows = _sources(b_token_ptr, rows + BLOCK_T, end, B_GATHERED)
+        place, mask = ms.to(tl.int64) * N + ns, (ms < M) & (ns < N)
+        if ROWS > 0 and end - start > ROWS:
+            tl.store(parts_ptr + _part(first, start, ROWS) * M * N + place, acc, mask=mask)
         else:
-            left = tl.load(a + a_rows[None, :] * a_row + ms * a_col, mask=(rows[None, :] < end) & (ms < M), other=0.0)
-        if B_TMA:
-            right = load_ragged(b, start, end - start, [t - start, column * BLOCK_N])
-        else:
-            right = tl.load(b + b_rows[:, None] * b_row + ns * b_col, mask=(rows[:, None] < end) & (ns < N), other=0.0)
-        acc = tl.dot(left, right, acc, input_precision="ieee")
-        # a step ahead: loads of addresses that are loaded in the same step would halve the pipeline's depth
-        a_rows = _sources(a_token_ptr, rows + BLOCK_T, end, A_GATHERED)
-        b_rows = _sources(b_token_ptr, rows + BLOCK_T, end, B_GATHERED)
-    out = out_ptr + expert.to(tl.int64) * M * N + ms.to(tl.int64) * N + ns
-    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(ms < M) & (ns < N))
+            tl.store(out_ptr + expert.to(tl.int64) * M * N + place, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _part(row, start, ROWS: tl.constexpr):
+    """Number of the part from `row` on of a segment from `start` on. Of segments longer than ROWS no two begin, and no
+    two other parts, among the same ROWS rows."""
+    return (row // ROWS * 2 + (row == start).to(tl.int32)).to(tl.int64)
+
+
+@triton.jit
+def _sum_parts_kernel(parts_ptr, offsets_ptr, out_ptr, numbers, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Program (i, e): BLOCK numbers of out [E, numbers] of an expert with more than ROWS rows, summed in order."""
+    expert = tl.program_id(1).to(tl.int64)
+    start, end = tl.load(offsets_ptr + expert), tl.load(offsets_ptr + expert + 1)
+    if end - start > ROWS:
+        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = place < numbers
+        acc = tl.zeros((BLOCK,), tl.float32)
+        for row in tl.range(start, end, ROWS):
+            acc += tl.load(parts_ptr + _part(row, start, ROWS) * numbers + place, mask=mask, other=0.0)
+        tl.store(out_ptr + expert * numbers + place, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 # --- launchers --------------------------------------------------------------------------------------------------------
+
+PARTS, LEAST_PART = 8, 1024  # into how many a weight gradient's rows are divided at most, and rows of one at least
+SUM_BLOCK = 1024  # numbers of a program that sums parts
 
 
 def _config(kernel: str, *tensors: Tensor, **shape: int) -> dict[str, Any]:
@@ -294,17 +334,32 @@ def _triton_outer(
     a: Tensor, b: Tensor, offsets: Tensor, out: Tensor, a_token: Tensor | None, b_token: Tensor | None
 ) -> None:  # fmt: skip
     experts, down, across = out.shape
-    config = dict(_config("outer", a, b))
+    rows = len(a if a_token is None else a_token)
+    config = dict(_config("outer", a, b, M=down))
     tma = config.pop("TMA", False)
     a_tma, b_tma = (tma and token is None and describable(x) for x, token in ((a, a_token), (b, b_token)))
     m, n, t = (config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_T"))
+    tiles = triton.cdiv(down, m) * triton.cdiv(across, n)
+    most = _most_rows(rows, tiles, _launch.multiprocessors(out))
+    parts = out.new_empty(2 * (rows // most + 1) if most else 0, down, across, dtype=torch.float32)
     _launch.launch(
-        _grouped_outer_kernel, (experts * triton.cdiv(down, m) * triton.cdiv(across, n),),
+        _grouped_outer_kernel, ((rows // most + experts + 1 if most else experts) * tiles,),
         create_ragged_descriptor(a, [t, m]) if a_tma else a, offsets if a_token is None else a_token,
         create_ragged_descriptor(b, [t, n]) if b_tma else b, offsets if b_token is None else b_token,
-        offsets, out, down, across, *a.stride(), *b.stride(), A_TMA=a_tma, B_TMA=b_tma,
-        A_GATHERED=a_token is not None, B_GATHERED=b_token is not None, **config,
+        offsets, out, parts, rows, experts, down, across, *a.stride(), *b.stride(), A_TMA=a_tma, B_TMA=b_tma,
+        A_GATHERED=a_token is not None, B_GATHERED=b_token is not None, ROWS=most,
+        EXPERTS=triton.next_power_of_2(experts + 1), **config,
     )  # fmt: skip
+    if most:
+        grid = triton.cdiv(down * across, SUM_BLOCK), experts
+        _launch.launch(_sum_parts_kernel, grid, parts, offsets, out, down * across, ROWS=most, BLOCK=SUM_BLOCK)
+
+
+def _most_rows(rows: int, tiles: int, multiprocessors: int) -> int:
+    """How many of an expert's rows a program sums, 0 for all: an expert that has most of the rows must not keep a few
+    programs busy, one for each of its tiles, while the rest of the chip waits."""
+    most = max(LEAST_PART, triton.next_power_of_2(triton.cdiv(rows, PARTS)))
+    return most if tiles < multiprocessors and most < rows else 0
 
 
 # --- PyTorch path -----------------------------------------------------------------------------------------------------

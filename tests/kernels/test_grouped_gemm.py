@@ -179,6 +179,57 @@ def test_the_same_bits_twice_and_all_written(size: tuple[list[int], int, int, in
         assert torch.equal(a, b) and torch.equal(a, c)
 
 
+LONG = [[5, 200, 0, 64, 65, 130], [0, 300], [64, 64, 0], [129], [0, 1, 63, 65, 1, 127, 129, 2]]
+
+
+@pytest.mark.parametrize("mode", ["fp32", "fp16"])
+@pytest.mark.parametrize("counts", LONG, ids=str)
+def test_long_segments_are_summed_in_parts(
+    counts: list[int], mode: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 64 rows, by rows as they lie and by tokens'; behind the last segment are rows of nobody."""
+    monkeypatch.setattr(room, "LEAST_PART", 64)
+    monkeypatch.setattr(room, "PARTS", 64)
+    dtype, rows, offsets = MODES[mode][0], sum(counts) + 7, offsets_of(counts, device)
+    assert room._most_rows(rows, 1, 4) == 64
+    a, x = (torch.randn(rows, width, device=device).to(dtype) for width in (24, 40))
+    token = torch.randint(50, (rows,), device=device)
+    of_tokens = torch.randn(50, 40, device=device).to(dtype)
+    bound = error_bound(dtype, 1, 1) + error_bound(torch.float32, 2, max(counts))
+    for b, b_token in ((x, None), (of_tokens, token)):
+        with poisoned_memory():
+            got, again = (room.grouped_outer(a, b, offsets, b_token=b_token) for _ in range(2))
+        lines = (b if b_token is None else b[b_token]).double()
+        pieces = zip(a.double()[: sum(counts)].split(counts), lines[: sum(counts)].split(counts), strict=True)
+        assert torch.equal(got, again)
+        assert_near(got, torch.stack([left.T @ right for left, right in pieces]), bound)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 40), min_size=1, max_size=12), spare=st.integers(0, 9),
+    most=st.sampled_from([1, 2, 4, 8, 16]),
+)  # fmt: skip
+def test_parts_have_places_of_their_own(counts: list[int], spare: int, most: int) -> None:
+    """The formula of `_part` in Python: segments longer than `most` begin a part every `most` rows."""
+    ends = list(itertools.accumulate(counts))
+    parts = [
+        row // most * 2 + (row == end - count)
+        for count, end in zip(counts, ends, strict=True)
+        if count > most
+        for row in range(end - count, end, most)
+    ]
+    assert len(set(parts)) == len(parts)
+    assert all(part < 2 * ((ends[-1] + spare) // most + 1) for part in parts)
+
+
+def test_how_many_rows_a_part_has() -> None:
+    assert room._most_rows(65_536, 36, 132) == 8192
+    assert room._most_rows(65_536, 132, 132) == 0  # tiles enough for the chip
+    assert room._most_rows(1024, 36, 132) == 0  # too few to divide
+    assert room._most_rows(1025, 36, 132) == 1024
+
+
 @pytest.mark.parametrize("tokens", [17, 200])
 def test_no_count_leaves_the_device(tokens: int) -> None:
     """Tensors without values: whatever asked for one would raise. The grids that come out serve any counts."""
