@@ -144,6 +144,8 @@ def launches(arch: str, every: bool) -> list[tuple[str, Callable[[], Any]]]:
         grouped_mm(x, w, offsets, token)
         grouped_outer(y, x, offsets, a_token=token)
         grouped_outer(y, x, offsets, b_token=token)
+        many = torch.empty(8192, 256, dtype=DTYPE)  # rows of few tiles, which are summed in parts
+        grouped_outer(many, many, offsets)
 
     cases = [(count * EXPERTS, WIDTH) for count in sorted(rows, reverse=True)] + [(8, WIDTH)]
     if every:

@@ -174,9 +174,9 @@ def tuning(device: torch.device) -> dict[str, Tuning]:
 
 
 def launches(arch: str, every: bool) -> list[tuple[str, Callable[[], Any]]]:
-    """(label, call) pairs for benchmarks.aot, in bf16: at DeepSeek-V3's widths and its one rope key, with `every` at
-    all widths of the tables, with keys that heads share in whole and not at all, and with rows that see the whole
-    document."""
+    """(label, call) pairs for benchmarks.aot, in bf16: at DeepSeek-V3's widths and its one rope key, with rotations on the
+    way in; with `every` at all widths of the tables, with keys that heads share in whole and not at all, and with rows
+    that see the whole document."""
     sizes = {320}
     if every:
         for kernel in KERNELS:
@@ -190,7 +190,9 @@ def launches(arch: str, every: bool) -> list[tuple[str, Callable[[], Any]]]:
             torch.empty(256, heads, last, dtype=DTYPE).requires_grad_()
             for heads, last in ((16, rope + value), (key_heads, value), (rope_heads, rope), (key_heads, value))
         )
-        mla_attention(q, (k, k_pe), v, cu_seqlens, causal).backward(torch.empty(256, 16, value, dtype=DTYPE))
+        angles = torch.empty(2, 256, rope // 2)
+        out = mla_attention(q, (k, k_pe), v, cu_seqlens, causal, rotary_cos=angles[0], rotary_sin=angles[1])
+        out.backward(torch.empty_like(out))
 
     cases = [(size, 16, 1, True) for size in sorted(sizes, reverse=True)]
     if every:

@@ -1,7 +1,8 @@
 """Rotary position embedding on interleaved pairs (x0, x1), (x2, x3), ... as DeepSeek lays them out (arXiv 2104.09864).
 
 x [T, H, D] with angles cos, sin [T, R/2], R <= D: of each head the last R entries are rotated, out[2i] = x[2i] cos_i -
-x[2i+1] sin_i and out[2i+1] = x[2i] sin_i + x[2i+1] cos_i; the first D - R pass through (the "nope" part).
+x[2i+1] sin_i and out[2i+1] = x[2i] sin_i + x[2i+1] cos_i; the first D - R pass through (the "nope" part). One kernel on
+a GPU; elsewhere, and under torch.compile, which fuses them, PyTorch's products of complex numbers.
 Test: tests/kernels/test_rope.py.
 """
 
@@ -10,7 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import _launch
 from ._checks import check_float, check_shape
+from ._launch import tl, triton
 
 __all__ = ["rope", "rope_reference"]
 
@@ -23,8 +26,55 @@ def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((passed, torch.view_as_real(pairs * angles).flatten(-2).to(x.dtype)), dim=-1)
 
 
+@triton.jit
+def _rotate_kernel(
+    x_ptr, cos_ptr, sin_ptr, out_ptr, rows, heads, x_token, x_head, cos_token, sin_token, out_token, out_head,
+    PAIRS: tl.constexpr, BACK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """ROWS of the T * H rows a program; a row's PAIRS numbers two by two times e^(i angle), BACK: e^(-i angle). COLS:
+    a power of two, at least PAIRS. out may be x."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    token, head = row // heads, row % heads
+    pair, col = tl.arange(0, COLS)[None, :], tl.arange(0, 2 * COLS)[None, :]
+    angle, number = (row < rows) & (pair < PAIRS), (row < rows) & (col < 2 * PAIRS)
+    cos = tl.load(cos_ptr + token * cos_token + pair, mask=angle, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + token * sin_token + pair, mask=angle, other=0.0).to(tl.float32)
+    if BACK:
+        sin = -sin
+    x = tl.load(x_ptr + token * x_token + head * x_head + col, mask=number, other=0.0).to(tl.float32)
+    real, imaginary = tl.split(tl.reshape(x, (ROWS, COLS, 2)))
+    out = tl.join(real * cos - imaginary * sin, real * sin + imaginary * cos)
+    out = tl.reshape(out, (ROWS, 2 * COLS)).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + token * out_token + head * out_head + col, out, mask=number)
+
+
+NUMBERS = 4096  # of a program
+
+
+def _launch_rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, back: bool) -> None:
+    """Columns of x and out lie side by side."""
+    (tokens, heads, width), cols = x.shape, triton.next_power_of_2(max(1, x.shape[2] // 2))
+    cos, sin = (angle if angle.stride(1) == 1 else angle.contiguous() for angle in (cos, sin))
+    rows = max(1, NUMBERS // (2 * cols))
+    _launch.launch(
+        _rotate_kernel, (triton.cdiv(tokens * heads, rows) if width else 0,),
+        x, cos, sin, out, tokens * heads, heads, *x.stride()[:2], cos.stride(0), sin.stride(0), *out.stride()[:2],
+        PAIRS=width // 2, BACK=back, ROWS=rows, COLS=cols,
+    )  # fmt: skip
+
+
+def _by_kernel(x: Tensor) -> bool:
+    return _launch.use_triton(x) and not torch.compiler.is_compiling()
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """A copy of x with its tail rotated: pairs are complex numbers, times e^(i angle), in fp32 or wider."""
+    if _by_kernel(x):
+        x, whole = x if x.stride(-1) == 1 else x.contiguous(), x.new_empty(x.shape)
+        width = x.shape[-1] - 2 * cos.shape[-1]
+        whole[..., :width] = x[..., :width]
+        _launch_rotate(x[..., width:], cos, sin, whole[..., width:], back=False)
+        return whole
     wide = torch.promote_types(x.dtype, torch.float32)
     passed, tail = x.split([x.shape[-1] - 2 * cos.shape[-1], 2 * cos.shape[-1]], dim=-1)
     angles = torch.complex(cos.to(wide), sin.to(wide)).unsqueeze(1)
@@ -41,6 +91,9 @@ def _pairs(x: Tensor) -> Tensor:
 
 def rotate_back_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     """A gradient's way back through `rotate`, where x [T, H, R] lies, all of whose columns were rotated."""
+    if _by_kernel(x) and x.stride(-1) == 1:
+        _launch_rotate(x, cos, sin, x, back=True)
+        return
     wide = torch.promote_types(x.dtype, torch.float32)
     pairs = _pairs(x.to(wide))
     pairs.mul_(torch.complex(cos.to(wide), -sin.to(wide)).unsqueeze(1))

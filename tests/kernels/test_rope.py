@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from minids_kernels import rope, rope_reference
+from minids_kernels.rope import rotate, rotate_back_
 from torch import Tensor
 
 from tests.kernels.numerics import MODES, assert_near, check, error_bound
@@ -43,10 +44,32 @@ def exact(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_agrees_with_pairs(shape: tuple[int, int, int, int], mode: str) -> None:
+def test_agrees_with_pairs(shape: tuple[int, int, int, int], mode: str, device: torch.device) -> None:
     *size, width = shape
     cos, sin = angles(size[0], width)
-    check(lambda x: rope(x, cos, sin), lambda x: exact(x, cos, sin), [torch.randn(size)], mode, roundings=4, length=4)
+    check(
+        lambda x: rope(x, cos.to(x.device), sin.to(x.device)), lambda x: exact(x, cos, sin), [torch.randn(size)], mode,
+        roundings=4, length=4, device=device,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [2, 6, 64])
+def test_there_and_back_where_it_lies(width: int, dtype: torch.dtype, device: torch.device) -> None:
+    """The tails of longer rows, in angles' and rows' own strides: neither touches what lies around."""
+    rows = torch.randn(9, 3, width + 10, device=device).to(dtype)
+    cos, sin = (angle.to(device).repeat_interleave(2, 0)[::2] for angle in angles(9, width))
+    tail = rows[:, 1:, 4 : 4 + width]
+    turned = rotate(tail, cos, sin)
+    bound = error_bound(dtype, 1, 1) + error_bound(torch.float32, 4, 4)
+    assert_near(turned, exact(tail.double(), cos, sin), bound)
+    back = rows.clone()
+    back[:, 1:, 4 : 4 + width] = turned
+    around = back.clone()
+    rotate_back_(back[:, 1:, 4 : 4 + width], cos, sin)
+    assert_near(back[:, 1:, 4 : 4 + width], tail, 2 * bound)
+    back[:, 1:, 4 : 4 + width] = around[:, 1:, 4 : 4 + width]
+    assert torch.equal(back, around)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
