@@ -144,7 +144,6 @@ def tuning(device: torch.device) -> dict[str, Tuning]:
         "quantize_tiles": Tuning(quantise(quantize_tiles), groups),
         "quantize_blocks": Tuning(quantise(quantize_blocks), lambda shape: [dict(num_warps=w) for w in (4, 8, 16, 32)]),
         "quantize_tiles_transposed": Tuning(quantise(quantize_tiles_transposed), columns(16, 32, 64, 128)),
-        "quantize_tiles_both": Tuning(quantise(quantize_tiles_both), columns(128)),
         "dequantize": Tuning(dequantise, groups),
     }
 
@@ -153,14 +152,13 @@ def launches(arch: str, every: bool) -> list[tuple[str, Callable[[], Any]]]:
     """(label, call) pairs for benchmarks.aot: at DeepSeek-V3's width, with `every` at each width of the tables."""
     widths = {7168}
     if every:
-        for kernel in ("quantize_tiles", "quantize_tiles_transposed", "quantize_tiles_both", "dequantize"):
+        for kernel in ("quantize_tiles", "quantize_tiles_transposed", "dequantize"):
             widths |= {entry["shape"]["K"] for entry in _launch.entries("fp8_quant", kernel, arch)}
     calls: list[tuple[str, Callable[[], Any]]] = []
     for width in sorted(widths, reverse=True):
         x = torch.empty(256, width, dtype=DTYPE)
         codes, rows, blocks = x.to(torch.float8_e4m3fn), torch.empty(256, width // 128), torch.empty(2, width // 128)
         calls += [
-            (f"K={width} both", lambda x=x: quantize_tiles_both(x)),  # type: ignore[misc]
             (f"K={width} transposed", lambda x=x: quantize_tiles_transposed(x)),  # type: ignore[misc]
             (f"K={width} blocks", lambda x=x: quantize_blocks(x)),  # type: ignore[misc]
             (f"K={width} dequantize tiles", lambda c=codes, s=rows: dequantize_tiles(c, s, DTYPE)),  # type: ignore[misc]

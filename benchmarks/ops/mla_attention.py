@@ -174,9 +174,9 @@ def tuning(device: torch.device) -> dict[str, Tuning]:
 
 
 def launches(arch: str, every: bool) -> list[tuple[str, Callable[[], Any]]]:
-    """(label, call) pairs for benchmarks.aot, in bf16: at DeepSeek-V3's widths and its one rope key, with rotations on the
-    way in; with `every` at all widths of the tables, with keys that heads share in whole and not at all, and with rows
-    that see the whole document."""
+    """(label, call) pairs for benchmarks.aot, in bf16: at DeepSeek-V3's widths and its one rope key, with rotations on
+    the way in; with `every` at all widths of the tables, with keys that heads share in whole and not at all, and with
+    rows that see the whole document."""
     sizes = {320}
     if every:
         for kernel in KERNELS:

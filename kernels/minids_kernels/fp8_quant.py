@@ -9,7 +9,8 @@ and does not touch its tile's scale; an Inf makes the scale Inf, so that its who
 quantiser gives the same bits on every backend (but for the sign of NaN). Not differentiable.
 
 The weight gradient multiplies along the rows of x: `quantize_tiles_transposed` gives x's 128x1 tiles, stored as rows;
-`quantize_tiles_both` reads x once for both. All run on every GPU that Triton knows: codes travel as uint8, and chips
+`quantize_tiles_both` gives both, by two kernels: one that read x once took longer, since its tile of 128 x 128 left no
+room for a second program on a multiprocessor. All run on every GPU that Triton knows: codes travel as uint8, and chips
 without e4m3 instructions (before sm_89) make them by integer arithmetic.
 Test: tests/kernels/test_fp8_quant.py. Benchmark: benchmarks/ops/fp8_quant.py.
 """
@@ -212,24 +213,17 @@ def _quantize_blocks_kernel(
 
 @triton.jit
 def _quantize_transposed_kernel(
-    x_ptr, codes_ptr, scales_ptr, codes_t_ptr, scales_t_ptr, M, K, x_stride,
-    BOTH: tl.constexpr, UE8M0: tl.constexpr, NATIVE: tl.constexpr, TILE: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    """Program (i, j): rows 128 i.., columns COLS j.. . codes_t [K, M], scales_t [K, ceil(M / 128)]; BOTH (COLS = 128):
-    codes [M, K], scales [M, ceil(K / 128)] too. All contiguous."""
+    x_ptr, codes_ptr, scales_ptr, M, K, x_stride, UE8M0: tl.constexpr, TILE: tl.constexpr, COLS: tl.constexpr
+):
+    """Program (i, j): rows 128 i.., columns COLS j.. . codes [K, M], scales [K, ceil(M / 128)] contiguous."""
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     col = tl.program_id(1).to(tl.int64) * COLS + tl.arange(0, COLS)
     rows, cols = row[:, None], col[None, :]
     mask = (rows < M) & (cols < K)
     x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    amax = tl.abs(x)
-    if BOTH:
-        scale, inverse = scales_of(tl.max(amax, axis=1), UE8M0)
-        tl.store(codes_ptr + rows * K + cols, encode_e4m3(x * inverse[:, None], NATIVE), mask=mask)
-        tl.store(scales_ptr + row * tl.num_programs(1) + tl.program_id(1), scale, mask=row < M)
-    scale, inverse = scales_of(tl.max(amax, axis=0), UE8M0)
-    tl.store(codes_t_ptr + cols * M + rows, encode_e4m3(x * inverse[None, :], False), mask=mask)
-    tl.store(scales_t_ptr + col * tl.num_programs(0) + tl.program_id(0), scale, mask=col < K)
+    scale, inverse = scales_of(tl.max(tl.abs(x), axis=0), UE8M0)
+    tl.store(codes_ptr + cols * M + rows, encode_e4m3(x * inverse[None, :], False), mask=mask)
+    tl.store(scales_ptr + col * tl.num_programs(0) + tl.program_id(0), scale, mask=col < K)
 
 
 @triton.jit
@@ -294,19 +288,16 @@ def _triton_blocks(w: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
     return codes, scales
 
 
-def _triton_transposed(x: Tensor, ue8m0: bool, both: bool) -> tuple[Tensor, ...]:
+def _triton_transposed(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
     m, k = x.shape
     x = _rows(x)
-    codes_t, scales_t = _empty(x, (k, m), 1, TILE)
-    codes, scales = _empty(x, (m, k), 1, TILE) if both else (codes_t, scales_t)
-    kernel = "quantize_tiles_both" if both else "quantize_tiles_transposed"
-    config = _launch.config("fp8_quant", kernel, _launch.arch(x), K=k)
+    codes, scales = _empty(x, (k, m), 1, TILE)
+    config = _launch.config("fp8_quant", "quantize_tiles_transposed", _launch.arch(x), K=k)
     _launch.launch(
         _quantize_transposed_kernel, (triton.cdiv(m, TILE), triton.cdiv(k, config["COLS"])),
-        x, codes, scales, codes_t, scales_t, m, k, x.stride(0),
-        BOTH=both, UE8M0=ue8m0, NATIVE=native_e4m3(x), TILE=TILE, **config,
+        x, codes, scales, m, k, x.stride(0), UE8M0=ue8m0, TILE=TILE, **config,
     )  # fmt: skip
-    return (codes, scales, codes_t, scales_t) if both else (codes_t, scales_t)
+    return codes, scales
 
 
 def _triton_dequantize(codes: Tensor, scales: Tensor, tile_m: int, tile: int, dtype: torch.dtype) -> Tensor:
@@ -372,10 +363,9 @@ def _torch_blocks(w: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
     return _torch_quantize(w, TILE, TILE, ue8m0)
 
 
-def _torch_transposed(x: Tensor, ue8m0: bool, both: bool) -> tuple[Tensor, ...]:
+def _torch_transposed(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
     codes, scales = _torch_quantize(x, TILE, 1, ue8m0)
-    turned = codes.t().contiguous(), scales.t().contiguous()
-    return (*_torch_quantize(x, 1, TILE, ue8m0), *turned) if both else turned
+    return codes.t().contiguous(), scales.t().contiguous()
 
 
 def _torch_dequantize(codes: Tensor, scales: Tensor, tile_m: int, tile: int, dtype: torch.dtype) -> Tensor:
@@ -407,16 +397,15 @@ def _quantize_blocks(w: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
 @operator("quantize_tiles_transposed")
 def _quantize_tiles_transposed(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
     """x [M, K] -> codes [K, M], scales [K, ceil(M / 128)]."""
-    codes, scales = (_triton_transposed if _launch.use_triton(x) else _torch_transposed)(x, ue8m0, both=False)
-    return codes, scales
+    return (_triton_transposed if _launch.use_triton(x) else _torch_transposed)(x, ue8m0)
 
 
 @operator("quantize_tiles_both")
 def _quantize_tiles_both(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x [M, K] -> what quantize_tiles gives, then what quantize_tiles_transposed gives."""
-    turned = (_triton_transposed if _launch.use_triton(x) else _torch_transposed)(x, ue8m0, both=True)
-    codes, scales, codes_t, scales_t = turned
-    return codes, scales, codes_t, scales_t
+    if _launch.use_triton(x):
+        return *_triton_tiles(x, TILE, ue8m0, False), *_triton_transposed(x, ue8m0)
+    return *_torch_tiles(x, TILE, ue8m0, False), *_torch_transposed(x, ue8m0)
 
 
 @operator("dequantize")
@@ -508,7 +497,7 @@ def quantize_tiles_transposed(x: Tensor, scale_format: ScaleFormat = "fp32") -> 
 
 
 def quantize_tiles_both(x: Tensor, scale_format: ScaleFormat = "fp32") -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x [M, K] -> codes and scales of `quantize_tiles`, then those of `quantize_tiles_transposed`; x is read once."""
+    """x [M, K] -> codes and scales of `quantize_tiles`, then those of `quantize_tiles_transposed`."""
     ue8m0 = _check_input("x", x, scale_format)
     check_shape("x", x, (None, None))
     codes, scales, codes_t, scales_t = _quantize_tiles_both(x, ue8m0)
