@@ -46,10 +46,10 @@ def exact(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_agrees_with_pairs(shape: tuple[int, int, int, int], mode: str, device: torch.device) -> None:
     *size, width = shape
-    cos, sin = angles(size[0], width)
+    cos, sin = (angle.to(device) for angle in angles(size[0], width))
     check(
-        lambda x: rope(x, cos.to(x.device), sin.to(x.device)), lambda x: exact(x, cos, sin), [torch.randn(size)], mode,
-        roundings=4, length=4, device=device,
+        lambda x: rope(x, cos, sin), lambda x: exact(x, cos, sin), [torch.randn(size)], mode, roundings=4, length=4,
+        device=device,
     )  # fmt: skip
 
 
