@@ -145,9 +145,9 @@ def _cuda_rounds(replays: Mapping[str, Callable[[], Any]], repeats: int) -> dict
 
 
 def ceilings(device: torch.device, repeats: int) -> dict[str, float]:
-    """copy_gbps: reading and writing a large buffer (1 GiB on a GPU, by a kernel: a graph makes a memcpy of a copy, which
-    an H200's kernels outran by half); <dtype>_tflops: square matmuls (8192 on a GPU); launch_us, on a GPU: the replay
-    of a kernel that does next to nothing, which is in every figure."""
+    """copy_gbps: reading and writing a large buffer (1 GiB on a GPU, by a kernel: a graph makes a memcpy of a copy, and
+    kernels are quicker than that); <dtype>_tflops: square matmuls (8192 on a GPU); launch_us, on a GPU: the replay of a
+    kernel that does next to nothing, which is in every figure."""
     gpu = device.type == "cuda"
     size = GIB if gpu else GIB // 8
     source = torch.empty(size // 4, dtype=torch.int32, device=device).random_()
