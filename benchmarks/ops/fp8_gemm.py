@@ -200,9 +200,11 @@ def tuning(device: torch.device) -> dict[str, Tuning]:
     def candidates(shape: Mapping[str, int]) -> list[dict[str, Any]]:
         common: dict[str, Any] = dict(BLOCK_K=(128,), STRIPE=(8,))
         if shape["M"] <= 128:
-            common |= dict(TMA=(True,), BLOCK_P=(64,), STAGES=(4, 6), PARTS=(1, 2, 4), num_warps=(4,))
-            swapped = combinations(SWAP=(True,), BLOCK_Q=(max(16, min(64, shape["M"])),), **common)
-            return swapped + combinations(BLOCK_Q=(32, 64, 128), **common)
+            common |= dict(BLOCK_P=(64,), STAGES=(4, 6), num_warps=(4,))
+            parts: dict[str, Any] = dict(TMA=(True,), PARTS=(1, 2, 4), **common)  # pointers know none
+            swapped: dict[str, Any] = dict(SWAP=(True,), BLOCK_Q=(max(16, min(64, shape["M"])),))
+            pointers = combinations(TMA=(False,), **swapped, **common)
+            return pointers + combinations(**swapped, **parts) + combinations(BLOCK_Q=(32, 64, 128), **parts)
         return combinations(
             TMA=(True, False), BLOCK_P=(64, 128), BLOCK_Q=(64, 128), STAGES=(3, 4), num_warps=(4, 8), **common
         )
