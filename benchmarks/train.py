@@ -7,7 +7,8 @@ A step is forward, backward, gradient clipping and AdamW: on a CPU on 8 sequence
 GPU on 16 sequences of 2048 of the preset "small", whose MTP module is left out, in bf16 with fp32 master weights. All
 sides start from the same weights and see the same batches, which lie on the CPU; their first losses must agree before
 anything is timed. Warm-up runs each side in every precision; only its fastest goes on to the timed rounds, so that
-nobody's caches are cleared by what does not count. Times are by the clock, on a GPU from an idle device to an idle
+nobody's caches are cleared by what does not count. On a GPU our forward and backward are one CUDA graph from the second
+step on, as in `minids pretrain`. Times are by the clock, on a GPU from an idle device to an idle
 device. Prints one JSON object with tokens/s (medians; of the warm-up the fastest step) and the ratio.
 
 On a GPU the object also has, by side, the seconds of the first step (compilers included; caches of earlier runs count)
@@ -47,6 +48,7 @@ from minids.device import queue_copy
 from minids.files import write_json
 from minids.model import DeepseekV3
 from minids.model.moe import MLP, MoE
+from minids.train.graph import Recorded
 from minids.train.loop import autocast, pick_device
 from minids.train.optim import build_optimizer
 
@@ -74,16 +76,24 @@ class Side:
         self.seconds: list[float] = []
         self.losses: list[float] = []
         self.peak_bytes: int | None = None  # on a GPU
+        self.gradients: Callable[[list[torch.Tensor], None], torch.Tensor] = self._gradients
+        if self.device.type == "cuda" and loss is our_loss:
+            self.gradients = Recorded(self._gradients, self.model.parameters())
+
+    def _gradients(self, inputs: list[torch.Tensor], kind: None) -> torch.Tensor:
+        """Forward and backward; the loss."""
+        with autocast(self.device, DTYPES[self.dtype]):
+            loss = self.loss(self.model, queue_copy(inputs[0], self.device))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), RECIPE.grad_clip)
+        return loss.detach()
 
     def train_step(self, batch: torch.Tensor) -> torch.Tensor:
         """As `minids.train.loop` does it, but for the numbers it reads."""
-        with autocast(self.device, DTYPES[self.dtype]):
-            loss = self.loss(self.model, queue_copy(batch, self.device))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), RECIPE.grad_clip)
+        loss = self.gradients([batch], None)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss.detach()
+        return loss
 
     def step(self, batch: torch.Tensor) -> None:
         others = self._others_bytes()

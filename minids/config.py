@@ -189,6 +189,7 @@ class TrainConfig:
     mtp_loss_weight: float = 0.3  # lambda; a third of it after 67.6 % of the run
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of matrix products; weights and optimizer state stay fp32
     device: str = "auto"
+    cuda_graph: bool = True  # on a GPU: pretrain and sft launch a step as one CUDA graph, which takes some more memory
     seed: int = 0
     eval_every: int = 200  # steps; 0: at the end only
     eval_batches: int = 16

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from minids.config import ModelConfig
 from minids.device import queue_copy
 from minids.model.block import Block
-from minids.model.moe import Experts, Gate, MoE, Routing, balance_loss, update_bias
+from minids.model.moe import Experts, Gate, MoE, Routing, balance_loss, update_biases
 from minids.model.mtp import MTPBlock
 from minids.model.norm import AddRMSNorm
 from minids.model.rope import rope_angles
@@ -116,20 +116,29 @@ class DeepseekV3(nn.Module):
                 f"input_ids: got sequences of {length} tokens, allowed is at most max_position_embeddings = "
                 f"{self.config.max_position_embeddings}"
             )
+        device, tokens = input_ids.device, rows * length
         if cu_seqlens is None:
-            cu_seqlens = torch.arange(0, rows * length + 1, max(length, 1), dtype=torch.int32)
-        if cu_seqlens[0] != 0 or cu_seqlens[-1] != rows * length or (cu_seqlens.diff() < 0).any():
-            raise ValueError(f"cu_seqlens: got {cu_seqlens.tolist()}, allowed is 0, rising, to {rows * length} tokens")
-        cu_seqlens = queue_copy(cu_seqlens, input_ids.device)  # once, not in every layer
+            cu_seqlens = torch.arange(0, tokens + 1, max(length, 1), dtype=torch.int32, device=device)
+        elif cu_seqlens.device.type == "cpu" and (  # looking at others would have to be waited for
+            cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or (cu_seqlens.diff() < 0).any()
+        ):
+            raise ValueError(f"cu_seqlens: got {cu_seqlens.tolist()}, allowed is 0, rising, to {tokens} tokens")
+        cu_seqlens = queue_copy(cu_seqlens, device)  # once, not in every layer
         lengths, bounds = cu_seqlens.diff(), cu_seqlens.long()
-        start, end = (b.repeat_interleave(lengths, output_size=rows * length) for b in (bounds[:-1], bounds[1:]))
-        index = torch.arange(rows * length, device=input_ids.device)
+        start, end = (b.repeat_interleave(lengths, output_size=tokens) for b in (bounds[:-1], bounds[1:]))
+        index = torch.arange(tokens, device=device)
         cos, sin = rope_angles(self.config, index - start)
         return _Packed(input_ids.flatten(), cu_seqlens, end, cos, sin)
 
+    def _embedded(self, input_ids: Tensor) -> Tensor:
+        """[T] -> [T, D] in the precision of products, under autocast too: what layers add up is kept in it."""
+        x: Tensor = self.model.embed_tokens(input_ids)
+        kind = x.device.type
+        return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
     def _hidden(self, batch: _Packed) -> tuple[Tensor, list[Routing]]:
         """Main model's normed hidden states [T, D] and its MoE layers' routing."""
-        x, residual = self.model.embed_tokens(batch.input_ids), None
+        x, residual = self._embedded(batch.input_ids), None
         routings: list[Routing] = []
         for layer in self.model.layers[: self.config.num_hidden_layers]:
             x, residual, routing = layer(x, residual, batch.cos, batch.sin, batch.cu_seqlens)
@@ -141,7 +150,7 @@ class DeepseekV3(nn.Module):
         """Normed hidden [T, D] of MTP module `depth` (0-based) from that of the depth before. Places whose further
         token lies in the next document hold no prediction; being last, they are seen by none that do."""
         layer = self.model.layers[self.config.num_hidden_layers + depth]
-        embedded = self.model.embed_tokens(batch.input_ids.roll(-1 - depth))
+        embedded = self._embedded(batch.input_ids.roll(-1 - depth))
         return layer.predict(embedded, hidden, batch.cos, batch.sin, batch.cu_seqlens)  # type: ignore[operator]
 
     def forward(
@@ -149,9 +158,9 @@ class DeepseekV3(nn.Module):
     ) -> CausalLMOutput:
         """input_ids [B, T] int64, labels [B, T] (shifted inside, -100 ignored) -> logits [B, T, V] and the mean loss.
 
-        Without cu_seqlens every row is one document. Those given are looked at, which on a GPU has to be waited for:
-        keep them on the CPU. Raises ValueError for T over max_position_embeddings, cu_seqlens that do not cover the
-        batch, or labels of another size.
+        Without cu_seqlens every row is one document. Those on a GPU are trusted, since looking would wait for it.
+        Raises ValueError for T over max_position_embeddings, cu_seqlens that do not cover the batch, or labels of
+        another size.
         """
         batch = self._pack(input_ids, cu_seqlens)
         hidden, _ = self._hidden(batch)
@@ -197,5 +206,5 @@ class DeepseekV3(nn.Module):
         """Auxiliary-loss-free balancing after an optimizer step. expert_counts [MoE layers, E] as in `Losses`, summed
         over the step's batches; layers in order, MTP modules last (a step without those gives the first rows only)."""
         gates = [layer.mlp.gate for layer in self.model.layers if isinstance(layer.mlp, MoE)]
-        for gate, counts in zip(gates, expert_counts, strict=False):
-            update_bias(gate, counts, speed)
+        if gates:
+            update_biases(gates[: len(expert_counts)], expert_counts, speed)

@@ -1,12 +1,13 @@
 """Feed-forward layers: dense SwiGLU, and DeepSeekMoE with shared and routed experts (DeepSeek-V3 report, 2.1.2).
 
-Load is balanced by a bias per expert that only steers selection and is moved after each step (`update_bias`), and by a
-small sequence-wise balance loss. T tokens, D hidden_size, E routed experts.
+Load is balanced by a bias per expert that only steers selection and is moved after each step (`update_biases`), and by
+a small sequence-wise balance loss. T tokens, D hidden_size, E routed experts.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,28 @@ class MLP(nn.Module):
         return self.down_proj(swiglu(gate_up))
 
 
+class _GateLogits(torch.autograd.Function):
+    """x [T, D] bf16, weight [E, D] fp32 -> their product [T, E] in fp32 by a GPU's tensor cores: three bf16 matrices,
+    each of what those before leave of the weight, add up to its 24 bits. Gradients are bf16 products, as any layer's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        parts, rest = [], weight
+        for _ in range(3):
+            parts.append(rest.to(x.dtype))
+            rest = rest - parts[-1]
+        ctx.save_for_backward(x, parts[0])
+        logits = torch.mm(x, torch.cat(parts).t(), out_dtype=torch.float32)
+        return logits.unflatten(1, (3, -1)).sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        dlogits = dlogits.to(x.dtype)
+        return dlogits @ weight, torch.mm(dlogits.t(), x, out_dtype=torch.float32)
+
+
 class Gate(nn.Module):
     """Scores in fp32 whatever the surrounding precision; `e_score_correction_bias` [E] is a buffer, moved by hand."""
 
@@ -45,7 +68,10 @@ class Gate(nn.Module):
         """x [T, D] -> topk_ids [T, k], topk_weight [T, k], scores [T, E]."""
         config = self.config
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.float(), self.weight.float())
+            if x.is_cuda and x.dtype == torch.bfloat16 and self.weight.dtype == torch.float32:
+                logits = _GateLogits.apply(x, self.weight)
+            else:
+                logits = F.linear(x.float(), self.weight.float())
         return moe_gate(
             logits, self.e_score_correction_bias, config.num_experts_per_tok, config.n_group, config.topk_group,
             config.norm_topk_prob, config.routed_scaling_factor,
@@ -112,6 +138,8 @@ def balance_loss(routings: list[Routing], sequences: int) -> tuple[Tensor, Tenso
 
 
 @torch.no_grad()
-def update_bias(gate: Gate, counts: Tensor, speed: float) -> None:
-    """Moves the bias of overloaded experts down and of underloaded ones up by `speed` (report, section 2.1.2)."""
-    gate.e_score_correction_bias += speed * torch.sign(counts.mean() - counts)
+def update_biases(gates: list[Gate], counts: Tensor, speed: float) -> None:
+    """Moves biases of overloaded experts down and of underloaded ones up by `speed` (report, section 2.1.2). counts
+    [gates, E]."""
+    steps = torch.sign(counts.mean(1, keepdim=True) - counts) * speed
+    torch._foreach_add_([gate.e_score_correction_bias for gate in gates], [*steps])

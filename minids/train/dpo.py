@@ -146,6 +146,7 @@ class PreferenceTask:
         ("learning rate", ("lr",)),
     )
     lower_is_better = ("loss", "preference_loss", "chosen_nll")
+    same_shapes = False
 
     def __init__(self, pairs: Pairs, settings: TrainConfig, config: DPOConfig, seq_len: int, pad_id: int) -> None:
         self.pairs, self.settings, self.config, self.seq_len, self.pad_id = pairs, settings, config, seq_len, pad_id

@@ -25,6 +25,7 @@ from minids.data.loader import Batch
 from minids.errors import InputError, Interrupted
 from minids.model.model import DeepseekV3
 from minids.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from minids.train.graph import Recorded, pad_cu_seqlens
 from minids.train.log import (
     CURVES,
     METRICS,
@@ -46,11 +47,16 @@ NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 @dataclass(frozen=True)
 class Window:
-    """One optimizer step's batches: how many, what they count in total (`Task.count`), the weight of the MTP loss."""
+    """One optimizer step's batches: how many, what they count in total (`Task.count`), whether MTP modules are trained,
+    and the weight of their loss. Tensors are scalars, on the CPU or where the model is."""
 
     batches: int
-    counted: int
-    mtp_weight: float
+    counted: Tensor
+    mtp: bool
+    mtp_weight: Tensor
+
+
+Gradients = tuple[dict[str, Tensor], Tensor | None]  # a step's metrics and expert counts; gradients lie in parameters
 
 
 @dataclass
@@ -64,12 +70,14 @@ class StepLoss:
 
 
 class Task(Protocol):
-    """What a stage teaches. Its batches lie on the CPU; `loss` and `evaluate` run under autocast."""
+    """What a stage teaches. `loss` and `evaluate` run under autocast. Batches come on the CPU; with `same_shapes` they
+    are `Batch`es of as many tokens each, and `loss` takes them on a GPU, too, for which it does not wait."""
 
     @property
     def stage(self) -> str: ...
 
     seq_len: int
+    same_shapes: bool
 
     @property
     def curves(self) -> Panels: ...
@@ -134,6 +142,12 @@ def _set_random_state(state: Mapping[str, str], device: torch.device) -> None:
         torch.cuda.set_rng_state(values["cuda"], device)
 
 
+def _flat(batches: Sequence[Batch], window: Window) -> list[Tensor]:
+    """What a recorded step reads."""
+    rows = [x for b in batches for x in (b.input_ids, b.labels, pad_cu_seqlens(b.cu_seqlens))]
+    return [window.counted, window.mtp_weight, *rows]
+
+
 def _imbalance(counts: Tensor) -> Tensor:
     """How much busier the busiest expert is than the mean, as a share of it, in the worst layer ("MaxVio")."""
     return (counts.amax(1) / counts.mean(1).clamp(min=1e-9)).amax() - 1
@@ -160,6 +174,9 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.dtype = pick_dtype(train.dtype, self.device)
         self.optimizer = build_optimizer(model, train)
+        self.recorded: Recorded[bool, Gradients] | None = None
+        if self.device.type == "cuda" and train.cuda_graph and task.same_shapes:
+            self.recorded = Recorded(self._work, model.parameters())
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.means = Means()
         # what a result's last bits may hang on, besides the configuration
@@ -204,40 +221,54 @@ class Trainer:
             values = self.task.evaluate(self.model)
         self.log.write("eval", self.step, values)
 
-    def optimizer_step(self) -> dict[str, float]:
-        """One step; returns its metrics. InputError when the loss or the gradient is no longer finite."""
-        train, task = self.train, self.task
-        batches = [task.next_batch() for _ in range(train.grad_accumulation_steps)]
-        counted = max(1, sum(map(task.count, batches)))
-        window = Window(len(batches), counted, mtp_weight(self.step, train))
+    def _gradients(self, batches: Sequence[Any], window: Window) -> Gradients:
+        """Forward and backward of a step; leaves the clipped gradient in the parameters."""
         sums: dict[str, Tensor] = {}
         counts: Tensor | None = None
         for batch in batches:
             with autocast(self.device, self.dtype):
-                part = task.loss(self.model, batch, window)
+                part = self.task.loss(self.model, batch, window)
             part.loss.backward()
             for name, value in {"loss": part.loss, **part.metrics}.items():
                 sums[name] = sums.get(name, 0.0) + value.detach().float()
             if part.expert_counts is not None and part.expert_counts.numel():
                 counts = part.expert_counts if counts is None else counts + part.expert_counts
-        sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.grad_clip)
+        sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.train.grad_clip)
         if counts is not None:
             sums["expert_imbalance"] = _imbalance(counts)
+        return sums, counts
+
+    def _work(self, inputs: list[Tensor], mtp: bool) -> Gradients:
+        """The same from what `_flat` made of batches and window."""
+        counted, weight, *tensors = inputs
+        batches = [Batch(*tensors[i : i + 3]) for i in range(0, len(tensors), 3)]
+        return self._gradients(batches, Window(len(batches), counted, mtp, weight))
+
+    def optimizer_step(self) -> dict[str, float]:
+        """One step; returns its metrics. InputError when the loss or the gradient is no longer finite."""
+        train, task = self.train, self.task
+        batches = [task.next_batch() for _ in range(train.grad_accumulation_steps)]
+        counted, weight = max(1, sum(map(task.count, batches))), mtp_weight(self.step, train)
+        window = Window(len(batches), torch.tensor(counted), weight > 0, torch.tensor(weight))
+        if self.recorded is None:
+            sums, counts = self._gradients(batches, window)
+        else:
+            sums, counts = self.recorded(_flat(batches, window), window.mtp)
+        lr, speed = learning_rate(self.step, train), bias_speed(self.step, train)
+        set_learning_rate(self.optimizer, lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if counts is not None and speed:
+            self.model.update_expert_bias(counts, speed)
         values = dict(zip(sums, torch.stack([*sums.values()]).tolist(), strict=True))  # one wait for the device
         if not math.isfinite(values["loss"] + values["grad_norm"]):
             raise InputError(
                 f"step {self.step + 1}: the loss is {values['loss']} and the gradient norm {values['grad_norm']}, so "
                 f"training has diverged; lower train.lr (now {train.lr:g}) or raise train.warmup_steps"
             )
-        values["lr"] = learning_rate(self.step, train)
-        set_learning_rate(self.optimizer, values["lr"])
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if counts is not None and (speed := bias_speed(self.step, train)):
-            self.model.update_expert_bias(counts, speed)
         self.step += 1
         self.tokens += sum(map(task.tokens, batches))
-        return values
+        return {**values, "lr": lr}
 
     def loop(self) -> None:
         """To the last step. Interrupted, after a checkpoint, when a signal came."""

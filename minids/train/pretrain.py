@@ -33,6 +33,7 @@ class LanguageModelTask:
         ("expert imbalance", ("expert_imbalance",)),
     )
     lower_is_better = ("loss", "nll", "mtp_nll", "bits_per_byte")
+    same_shapes = True
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class LanguageModelTask:
     def loss(self, model: DeepseekV3, batch: Batch, window: Window) -> StepLoss:
         device = next(model.parameters()).device
         input_ids, labels = (queue_copy(x, device) for x in (batch.input_ids, batch.labels))
-        losses = model.losses(input_ids, labels, batch.cu_seqlens, mtp=window.mtp_weight > 0)
+        losses = model.losses(input_ids, labels, batch.cu_seqlens, mtp=window.mtp)
         metrics = {"nll": losses.nll_sum / window.counted, "balance": losses.balance / window.batches}
         loss = metrics["nll"] + self.settings.balance_loss_alpha * metrics["balance"]
         if losses.mtp_nll_sum:

@@ -49,7 +49,7 @@ C = TypeVar("C", bound=StageConfig)
 
 CONFIG = "config.toml"
 # on resume: these change no number, but for the device, about which the loop warns
-MAY_CHANGE = {"out", "checkpoint.every", "checkpoint.keep", "train.device"}
+MAY_CHANGE = {"out", "checkpoint.every", "checkpoint.keep", "train.cuda_graph", "train.device"}
 DEFAULT_SEQ_LEN = 512  # where neither the configuration nor the base run says (imported models)
 PATHS = ("data", "tokenizer", "base")
 

@@ -77,7 +77,7 @@ def test_the_loss_is_the_papers_plus_the_chosen_answers(folder):
     task = PreferenceTask(Pairs(folder / "whole" / "data"), config.train, config, 32, tokenizer.pad_id)
     task.load_reference(folder / "whole" / "data" / "reference.safetensors")
     batch = task.next_batch()
-    part = task.loss(model, batch, Window(batches=2, counted=4, mtp_weight=0.0))  # half of a window of 4 pairs
+    part = task.loss(model, batch, Window(2, torch.tensor(4), False, torch.tensor(0.0)))  # half of a window of 4 pairs
 
     expected, margins = torch.zeros(()), []
     rows = tiny.preferences(24)

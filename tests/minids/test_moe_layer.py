@@ -14,7 +14,7 @@ from minids_kernels import moe_experts_reference, moe_gate
 from torch import Tensor
 
 from minids.model import DeepseekV3
-from minids.model.moe import MLP, Gate, MoE, Routing, balance_loss, update_bias
+from minids.model.moe import MLP, Gate, MoE, Routing, _GateLogits, balance_loss, update_biases
 from tests.minids.tiny import model_config, one_thread
 
 
@@ -84,7 +84,7 @@ def test_bias_evens_out_skewed_loads(groups: int) -> None:
         """The fullest expert's tokens over the mean's, less one, on new tokens."""
         ids, _, _ = gate(torch.randn(512, config.hidden_size) + taste)
         counts = ids.flatten().bincount(minlength=16).float()
-        update_bias(gate, counts, 0.005)
+        update_biases([gate], counts[None], 0.005)
         return (counts.max() / counts.mean() - 1).item()
 
     history = [overload() for _ in range(400)]
@@ -93,11 +93,31 @@ def test_bias_evens_out_skewed_loads(groups: int) -> None:
     assert gate.e_score_correction_bias[:3].max() < gate.e_score_correction_bias[3:].mean()
 
 
+@pytest.mark.gpu
+def test_logits_by_tensor_cores_are_those_of_fp32() -> None:
+    """Products of 24-bit weights with 8-bit numbers, summed in fp32: within what 768 sums that may be cut
+    off instead of rounded lose. Their
+    gradients are rounded to bf16 once on the way in and, but for the weight's, once on the way out."""
+    gate = Gate(dataclasses.replace(model_config(60), hidden_size=768, n_routed_experts=16)).cuda()
+    torch.nn.init.normal_(gate.weight)
+    x = torch.randn(300, 768, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    taste = torch.randn(300, 16, device="cuda")
+    logits = _GateLogits.apply(x, gate.weight)
+    logits.backward(taste)
+    wide, weight = x.detach().double().requires_grad_(), gate.weight.detach().double().requires_grad_()
+    (expected := wide @ weight.t()).backward(taste.double())
+    size = wide.detach().abs() @ weight.detach().abs().t()
+    assert logits.dtype == torch.float32 and ((logits - expected).abs() <= 768 * 2**-23 * size).all()
+    bound = 2**-7 * (taste.double().abs() @ weight.detach().abs())
+    assert ((x.grad - wide.grad).abs() <= bound).all()
+    assert ((gate.weight.grad - weight.grad).abs() <= 2**-7 * (taste.double().abs().t() @ wide.detach().abs())).all()
+
+
 def test_bias_moves_against_the_load_by_its_speed() -> None:
     gate = Gate(model_config(60))
-    update_bias(gate, torch.tensor([10.0, 2, 6, 6]), 0.25)
+    update_biases([gate], torch.tensor([[10.0, 2, 6, 6]]), 0.25)
     assert gate.e_score_correction_bias.tolist() == [-0.25, 0.25, 0.0, 0.0]
-    update_bias(gate, torch.tensor([10.0, 2, 6, 6]), 0.0)
+    update_biases([gate], torch.tensor([[10.0, 2, 6, 6]]), 0.0)
     assert gate.e_score_correction_bias.tolist() == [-0.25, 0.25, 0.0, 0.0]
     assert not gate.e_score_correction_bias.requires_grad
 

@@ -57,7 +57,7 @@ def test_a_packed_batch_is_its_conversations_one_by_one(folder):
     batch = task.next_batch()
     assert len(batch.cu_seqlens) > 1 + batch.input_ids.shape[0]  # rows do hold several conversations
     counted = task.count(batch)
-    part = task.loss(model, batch, Window(batches=1, counted=counted, mtp_weight=0.0))
+    part = task.loss(model, batch, Window(1, torch.tensor(counted), False, torch.tensor(0.0)))
 
     nats, tokens, texts = 0.0, 0, []
     flat = batch.input_ids.flatten()
