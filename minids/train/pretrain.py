@@ -133,6 +133,7 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> dict[str, Any]:
     with open_run(config, resume) as run:
         tokenizer.save(run.out / "tokenizer")
         torch.manual_seed(config.train.seed)
-        model = DeepseekV3(model_config).to(device)
+        with device:
+            model = DeepseekV3(model_config)
         task = LanguageModelTask("pretrain", shards, tokenizer, config.train, config.cross_document_attention)
         return train(task, model, config.train, config, run)

@@ -130,9 +130,10 @@ class Base:
     seq_len: int
 
     def load(self, device: torch.device) -> DeepseekV3:
-        model = DeepseekV3(self.model)
+        with device:
+            model = DeepseekV3(self.model)
         load_checkpoint(self.checkpoint, model)
-        return model.to(device)
+        return model
 
 
 def open_base(config: SFTConfig | DPOConfig, run: Run) -> Base:
