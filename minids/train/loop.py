@@ -22,6 +22,7 @@ from torch import Tensor
 
 from minids.config import TrainConfig
 from minids.data.loader import Batch
+from minids.device import queue_copy
 from minids.errors import InputError, Interrupted
 from minids.model.model import DeepseekV3
 from minids.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -48,7 +49,7 @@ NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 @dataclass(frozen=True)
 class Window:
     """One optimizer step's batches: how many, what they count in total (`Task.count`), whether MTP modules are trained,
-    and the weight of their loss. Tensors are scalars, on the CPU or where the model is."""
+    and the weight of their loss. Tensors are scalars, where the model is."""
 
     batches: int
     counted: Tensor
@@ -248,8 +249,11 @@ class Trainer:
         """One step; returns its metrics. InputError when the loss or the gradient is no longer finite."""
         train, task = self.train, self.task
         batches = [task.next_batch() for _ in range(train.grad_accumulation_steps)]
-        counted, weight = max(1, sum(map(task.count, batches))), mtp_weight(self.step, train)
-        window = Window(len(batches), torch.tensor(counted), weight > 0, torch.tensor(weight))
+        counted = torch.tensor(max(1, sum(map(task.count, batches))))
+        weight = torch.tensor(mtp_weight(self.step, train), dtype=torch.float32)
+        window = Window(
+            len(batches), queue_copy(counted, self.device), bool(weight > 0), queue_copy(weight, self.device)
+        )
         if self.recorded is None:
             sums, counts = self._gradients(batches, window)
         else:
