@@ -50,7 +50,7 @@ from minids.model import DeepseekV3
 from minids.model.moe import MLP, MoE
 from minids.train.graph import Recorded
 from minids.train.loop import autocast, pick_device
-from minids.train.optim import build_optimizer
+from minids.train.optim import build_optimizer, gradient_norm
 
 Loss = Callable[[Any, torch.Tensor], torch.Tensor]
 
@@ -76,22 +76,21 @@ class Side:
         self.seconds: list[float] = []
         self.losses: list[float] = []
         self.peak_bytes: int | None = None  # on a GPU
-        self.gradients: Callable[[list[torch.Tensor], None], torch.Tensor] = self._gradients
+        self.gradients: Callable[[list[torch.Tensor], None], tuple[torch.Tensor, torch.Tensor]] = self._gradients
         if self.device.type == "cuda" and loss is our_loss:
             self.gradients = Recorded(self._gradients, self.model.parameters())
 
-    def _gradients(self, inputs: list[torch.Tensor], kind: None) -> torch.Tensor:
-        """Forward and backward; the loss."""
+    def _gradients(self, inputs: list[torch.Tensor], kind: None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Forward and backward; the loss and the gradient's norm."""
         with autocast(self.device, DTYPES[self.dtype]):
             loss = self.loss(self.model, queue_copy(inputs[0], self.device))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), RECIPE.grad_clip)
-        return loss.detach()
+        return loss.detach(), gradient_norm(self.model)
 
     def train_step(self, batch: torch.Tensor) -> torch.Tensor:
         """As `minids.train.loop` does it, but for the numbers it reads."""
-        loss = self.gradients([batch], None)
-        self.optimizer.step()
+        loss, norm = self.gradients([batch], None)
+        self.optimizer.step(norm)
         self.optimizer.zero_grad()
         return loss
 

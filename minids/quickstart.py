@@ -51,7 +51,7 @@ from minids.train.dpo import dpo
 from minids.train.log import note
 from minids.train.loop import autocast, pick_device, pick_dtype
 from minids.train.measure import join
-from minids.train.optim import build_optimizer
+from minids.train.optim import build_optimizer, gradient_norm
 from minids.train.pretrain import pretrain
 from minids.train.sft import sft
 
@@ -218,7 +218,7 @@ def seconds_per_step(config: PretrainConfig, mtp: bool, steps: int = 12) -> floa
         with autocast(device, pick_dtype(config.train.dtype, device)):
             losses = model.losses(batch.input_ids.to(device), batch.labels.to(device), batch.cu_seqlens, mtp)
         (losses.nll_sum + sum(losses.mtp_nll_sum)).backward()
-        optimizer.step()
+        optimizer.step(gradient_norm(model))
         optimizer.zero_grad()
         losses.nll_sum.item()  # waits for the device
         times.append(time.perf_counter() - began)

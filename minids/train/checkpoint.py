@@ -28,6 +28,7 @@ from minids.config import ModelConfig
 from minids.convert.hf_config import from_hf_config, to_hf_config
 from minids.errors import InputError
 from minids.files import atomic_directory, read_json, sha256, write_json
+from minids.train.optim import AdamW
 
 MODEL, CONFIG, OPTIMIZER, STATE = "model.safetensors", "config.json", "optimizer.safetensors", "state.json"
 _STEP = re.compile(r"step_(\d{6,})")
@@ -62,7 +63,7 @@ def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def _optimizer_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, torch.Tensor]:
     return {
         f"{name}.{key}": value
         for name, parameter in model.named_parameters()
@@ -74,7 +75,7 @@ def save_checkpoint(
     run_dir: str | os.PathLike[str],
     step: int,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
+    optimizer: AdamW | None,
     state: Mapping[str, Any],
     keep: int,
 ) -> Path:
@@ -156,9 +157,7 @@ def load_model_config(path: str | os.PathLike[str]) -> ModelConfig:
     return from_hf_config(read_json(file), str(file))
 
 
-def load_checkpoint(
-    path: str | os.PathLike[str], model: nn.Module, optimizer: torch.optim.Optimizer | None = None
-) -> dict[str, Any]:
+def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: AdamW | None = None) -> dict[str, Any]:
     """Fills `model`, and `optimizer` when given, in place and returns the state saved with them (plus step, files).
 
     InputError naming the file that is missing, changed, or does not fit the model.

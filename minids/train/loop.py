@@ -39,7 +39,7 @@ from minids.train.log import (
     write_curves,
     write_report,
 )
-from minids.train.optim import build_optimizer, set_learning_rate
+from minids.train.optim import build_optimizer, gradient_norm, set_learning_rate
 from minids.train.run import Run, StageConfig
 from minids.train.schedule import bias_speed, learning_rate, mtp_weight
 
@@ -223,7 +223,7 @@ class Trainer:
         self.log.write("eval", self.step, values)
 
     def _gradients(self, batches: Sequence[Any], window: Window) -> Gradients:
-        """Forward and backward of a step; leaves the clipped gradient in the parameters."""
+        """Forward and backward of a step; leaves gradients in the parameters."""
         sums: dict[str, Tensor] = {}
         counts: Tensor | None = None
         for batch in batches:
@@ -234,7 +234,7 @@ class Trainer:
                 sums[name] = sums.get(name, 0.0) + value.detach().float()
             if part.expert_counts is not None and part.expert_counts.numel():
                 counts = part.expert_counts if counts is None else counts + part.expert_counts
-        sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.train.grad_clip)
+        sums["grad_norm"] = gradient_norm(self.model)
         if counts is not None:
             sums["expert_imbalance"] = _imbalance(counts)
         return sums, counts
@@ -260,8 +260,8 @@ class Trainer:
             sums, counts = self.recorded(_flat(batches, window), window.mtp)
         lr, speed = learning_rate(self.step, train), bias_speed(self.step, train)
         set_learning_rate(self.optimizer, lr)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step(sums["grad_norm"])
+        self.optimizer.zero_grad()
         if counts is not None and speed:
             self.model.update_expert_bias(counts, speed)
         values = dict(zip(sums, torch.stack([*sums.values()]).tolist(), strict=True))  # one wait for the device
