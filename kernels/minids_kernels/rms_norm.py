@@ -28,6 +28,7 @@ __all__ = ["rms_norm", "rms_norm_reference"]
 MAX_WIDTH = 65_536
 MAX_BLOCK_FWD = 16_384  # columns of a row held in registers
 MAX_BLOCK_BWD = 8_192
+SUM_ROWS, SUM_BLOCK_N = 128, 32  # of a program that sums partial results
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
@@ -182,6 +183,18 @@ def _rms_norm_wide_dweight_kernel(
     tl.store(partial_ptr + program * N + cols, dweight, mask=cols < N)
 
 
+@triton.jit
+def _sum_partials_kernel(partial_ptr, out_ptr, M, N, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """out [N]: the sum of partial [M, N] over its rows; BLOCK_N columns a program."""
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    total = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    for start in tl.range(0, M, ROWS):
+        rows = start + tl.arange(0, ROWS)[:, None]
+        total += tl.load(partial_ptr + rows * N + cols, mask=(rows < M) & (cols < N), other=0.0)
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tl.store(out_ptr + column, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=column < N)
+
+
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 
@@ -242,7 +255,12 @@ def _triton_bwd(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dsum: Tenso
             dy, x, other, weight, rstd, dx, partial, rows, width, dy.stride(0), x.stride(0), other.stride(0), steps,
             HAS_DSUM=dsum is not None, BLOCK_N=triton.next_power_of_2(width), **config,
         )  # fmt: skip
-    return dx, partial.sum(0).to(weight.dtype)
+    dweight = torch.empty_like(weight)
+    _launch.launch(
+        _sum_partials_kernel, (triton.cdiv(width, SUM_BLOCK_N),), partial, dweight, programs, width,
+        ROWS=SUM_ROWS, BLOCK_N=SUM_BLOCK_N,
+    )  # fmt: skip
+    return dx, dweight
 
 
 # --- PyTorch path -----------------------------------------------------------------------------------------------------

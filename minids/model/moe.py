@@ -13,8 +13,50 @@ import torch
 import torch.nn.functional as F
 from minids_kernels import moe_experts, moe_gate, swiglu
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from minids.config import ModelConfig
+
+
+class _LinearBeside(torch.autograd.Function):
+    """x [T, K], weight [N, K] -> their product [T, N] in x's dtype, and x for its next reader, to whose gradient [T, K]
+    this one's is added in place, by the product that makes it: no pass over memory adds gradients up. Nobody else may
+    read x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.dtype, weight = weight.dtype, weight.to(x.dtype)
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight), x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return dx.addmm_(dy, weight), (dy.t() @ x).to(ctx.dtype)
+
+
+class _GateLogits(torch.autograd.Function):
+    """The same for a gate on a GPU, x in bf16 and weight in fp32, with a product in fp32 by tensor cores: three bf16
+    matrices, each of what those before leave of the weight, add up to its 24 bits. Gradients are bf16 products, as any
+    layer's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        parts, rest = [], weight
+        for _ in range(3):
+            parts.append(rest.to(x.dtype))
+            rest = rest - parts[-1]
+        ctx.save_for_backward(x, parts[0])
+        logits = torch.mm(x, torch.cat(parts).t(), out_dtype=torch.float32)
+        return logits.unflatten(1, (3, -1)).sum(1), x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dlogits: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        dlogits = dlogits.to(x.dtype)
+        return dx.addmm_(dlogits, weight), torch.mm(dlogits.t(), x, out_dtype=torch.float32)
 
 
 class MLP(nn.Module):
@@ -27,30 +69,15 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate_up = F.linear(x, torch.cat((self.gate_proj.weight, self.up_proj.weight)))
-        return self.down_proj(swiglu(gate_up))
+        return self.down_proj(swiglu(F.linear(x, self._gate_up())))
 
+    def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and x for its next reader."""
+        gate_up, x = _LinearBeside.apply(x, self._gate_up())
+        return self.down_proj(swiglu(gate_up)), x
 
-class _GateLogits(torch.autograd.Function):
-    """x [T, D] bf16, weight [E, D] fp32 -> their product [T, E] in fp32 by a GPU's tensor cores: three bf16 matrices,
-    each of what those before leave of the weight, add up to its 24 bits. Gradients are bf16 products, as any layer's.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        parts, rest = [], weight
-        for _ in range(3):
-            parts.append(rest.to(x.dtype))
-            rest = rest - parts[-1]
-        ctx.save_for_backward(x, parts[0])
-        logits = torch.mm(x, torch.cat(parts).t(), out_dtype=torch.float32)
-        return logits.unflatten(1, (3, -1)).sum(1)
-
-    @staticmethod
-    def backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        dlogits = dlogits.to(x.dtype)
-        return dlogits @ weight, torch.mm(dlogits.t(), x, out_dtype=torch.float32)
+    def _gate_up(self) -> Tensor:
+        return torch.cat((self.gate_proj.weight, self.up_proj.weight))
 
 
 class Gate(nn.Module):
@@ -64,18 +91,21 @@ class Gate(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [T, D] -> topk_ids [T, k], topk_weight [T, k], scores [T, E]."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x [T, D] -> topk_ids [T, k], topk_weight [T, k], scores [T, E], and x for its next reader."""
         config = self.config
         with torch.autocast(x.device.type, enabled=False):
-            if x.is_cuda and x.dtype == torch.bfloat16 and self.weight.dtype == torch.float32:
-                logits = _GateLogits.apply(x, self.weight)
+            if self.weight.dtype == x.dtype == torch.float32:
+                logits, x = _LinearBeside.apply(x, self.weight)
+            elif x.is_cuda and x.dtype == torch.bfloat16 and self.weight.dtype == torch.float32:
+                logits, x = _GateLogits.apply(x, self.weight)
             else:
                 logits = F.linear(x.float(), self.weight.float())
-        return moe_gate(
+        routed = moe_gate(
             logits, self.e_score_correction_bias, config.num_experts_per_tok, config.n_group, config.topk_group,
             config.norm_topk_prob, config.routed_scaling_factor,
         )  # fmt: skip
+        return *routed, x
 
 
 class Experts(nn.Module):
@@ -112,11 +142,11 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """x [T, D] -> [T, D] and how tokens were routed."""
-        ids, weight, scores = self.gate(x)
-        out = self.experts(x, ids, weight)
-        if self.shared_experts is not None:
-            out = self.shared_experts(x).add_(out)
-        return out, Routing(ids, scores)
+        ids, weight, scores, x = self.gate(x)
+        if self.shared_experts is None:
+            return self.experts(x, ids, weight), Routing(ids, scores)
+        shared, x = self.shared_experts.beside(x)
+        return shared.add_(self.experts(x, ids, weight)), Routing(ids, scores)
 
 
 def balance_loss(routings: list[Routing], sequences: int) -> tuple[Tensor, Tensor]:

@@ -82,7 +82,7 @@ def test_bias_evens_out_skewed_loads(groups: int) -> None:
 
     def overload() -> float:
         """The fullest expert's tokens over the mean's, less one, on new tokens."""
-        ids, _, _ = gate(torch.randn(512, config.hidden_size) + taste)
+        ids, *_ = gate(torch.randn(512, config.hidden_size) + taste)
         counts = ids.flatten().bincount(minlength=16).float()
         update_biases([gate], counts[None], 0.005)
         return (counts.max() / counts.mean() - 1).item()
@@ -102,8 +102,8 @@ def test_logits_by_tensor_cores_are_those_of_fp32() -> None:
     torch.nn.init.normal_(gate.weight)
     x = torch.randn(300, 768, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     taste = torch.randn(300, 16, device="cuda")
-    logits = _GateLogits.apply(x, gate.weight)
-    logits.backward(taste)
+    logits, same = _GateLogits.apply(x, gate.weight)
+    torch.autograd.backward([logits, same], [taste, torch.zeros_like(x)])
     wide, weight = x.detach().double().requires_grad_(), gate.weight.detach().double().requires_grad_()
     (expected := wide @ weight.t()).backward(taste.double())
     size = wide.detach().abs() @ weight.detach().abs().t()
@@ -127,7 +127,7 @@ def test_bias_chooses_but_does_not_weigh() -> None:
     torch.nn.init.normal_(gate.weight)
     x = torch.randn(7, 32)
     gate.e_score_correction_bias[2] = 100.0
-    ids, weight, scores = gate(x)
+    ids, weight, scores, _ = gate(x)
     assert (ids == 2).any(-1).all()
     torch.testing.assert_close(weight, F.normalize(scores.gather(1, ids), p=1, dim=-1))
 
