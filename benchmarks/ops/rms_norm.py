@@ -149,6 +149,7 @@ def tuning(device: torch.device) -> dict[str, Tuning]:
             for s in (1, 2, 3)
             for p in (1, 2, 4, 8)
             for w in (4, 8, 16)
+            if p * w <= 32 and 4 <= r * shape["N"] / (32 * w) <= 64  # warps that fit, numbers of a thread
         ]
 
     def wide_backward(shape: Mapping[str, int]) -> list[dict[str, Any]]:
