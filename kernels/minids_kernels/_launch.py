@@ -40,7 +40,7 @@ except ImportError:  # no wheels for Windows and macOS: kernels are defined ther
 else:
     HAS_TRITON = True
 
-__all__ = ["HAS_TRITON", "arch", "config", "launch", "multiprocessors", "tl", "triton", "use_triton"]
+__all__ = ["HAS_TRITON", "arch", "config", "launch", "multiprocessors", "queued", "tl", "triton", "use_triton"]
 
 BACKENDS = ("", "triton", "torch")
 BACKEND = os.environ.get("MINIDS_KERNELS", "")  # forces one for all tensors; "" chooses by the tensor's device
@@ -118,6 +118,13 @@ def _nearest(room: str, kernel: str, arch: str, shape: tuple[tuple[str, int], ..
 def config(room: str, kernel: str, arch: str, **shape: int) -> dict[str, Any]:
     """The nearest entry's config (do not change it): the least sum over its dimensions of |log2 of the ratio|."""
     return _nearest(room, kernel, arch, tuple(shape.items()))
+
+
+def queued(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """x on `device`. From the CPU to a GPU the copy takes its turn behind what is queued, and nobody waits for it."""
+    if x.device.type == "cpu" and device.type == "cuda":
+        return x.to(dtype).pin_memory().to(device, non_blocking=True)
+    return x.to(device, dtype)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:

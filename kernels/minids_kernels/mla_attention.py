@@ -216,8 +216,8 @@ def mla_attention(
             if rotary_cos is not None and rotary_sin is not None:
                 queries, keys = ([rope(x[0], rotary_cos, rotary_sin)] for x in (queries, keys))
                 rotary_cos = rotary_sin = None
-        cu_seqlens = cu_seqlens.to(v.device, torch.int32)
-        cu_seqlens_k = None if cu_seqlens_k is None else cu_seqlens_k.to(v.device, torch.int32)
+        cu_seqlens = _launch.queued(cu_seqlens, v.device, torch.int32)
+        cu_seqlens_k = None if cu_seqlens_k is None else _launch.queued(cu_seqlens_k, v.device, torch.int32)
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (*queries, *keys, v))
     rows = (x for parts in (queries, keys) for x in (*parts, None)[:2])
     out, lse, _ = _mla_attention(

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._checks import check_float, check_shape
+from ._launch import queued
 from .fp8_quant import E4M3
 from .mla_attention import mla_attention, mla_attention_reference
 from .mla_cache import row_bytes, widened_rows
@@ -66,7 +67,7 @@ def _passes(lengths: list[int], new: list[int], workspace: int) -> list[Ranges]:
 def _rows(kv_cache: Tensor, block_table: Tensor, ranges: Ranges) -> Tensor:
     """Rows of all ranges, end to end [rows, bytes or columns]."""
     page, device = kv_cache.shape[1], kv_cache.device
-    begins, ends = torch.tensor(ranges, dtype=torch.int64, device=device).view(-1, 2).unbind(1)
+    begins, ends = queued(torch.tensor(ranges, dtype=torch.int64), device).view(-1, 2).unbind(1)
     lengths, total = ends - begins, sum(end - begin for begin, end in ranges)
     sequence = torch.arange(len(ranges), device=device).repeat_interleave(lengths, output_size=total)
     place = torch.arange(total, device=device) + (ends - lengths.cumsum(0))[sequence]
@@ -127,8 +128,8 @@ def mla_prefill(
     scores' log-sum-exp [T, H] in fp32 (fp64 for fp64).
 
     Each token sees the rows of its sequence up to its own. `workspace`: rows expanded at once, each H * (Dn + Dv)
-    numbers in q's dtype; more only where there are more new tokens. The host has to know lengths: seq_lens and
-    cu_seqlens on the GPU make it wait for them once.
+    numbers in q's dtype; more only where there are more new tokens. The host has to know lengths: keep seq_lens and
+    cu_seqlens on the CPU, since on a GPU it waits for them.
 
     For inference: has no gradient. Raises TypeError for dtypes that differ or are none of mla_decode's, ValueError when
     shapes disagree, for a sequence with more new tokens than rows or more rows than pages, and for a workspace below 1.
@@ -144,7 +145,7 @@ def mla_prefill(
         rows = widened_rows(_rows(cache, block_table, ranges), latent, dtype)
         k_nope, v = (rows[:, :latent] @ w_kv.T).unflatten(1, (heads, -1)).tensor_split([width], -1)
         ends = itertools.accumulate(end - begin for begin, end in ranges)
-        return (k_nope, rows[:, None, latent:]), v, torch.tensor([0, *ends], dtype=torch.int32)
+        return (k_nope, rows[:, None, latent:]), v, queued(torch.tensor([0, *ends], dtype=torch.int32), v.device)
 
     *before, last = _passes(lengths, new, workspace)
     if not before and not return_lse:

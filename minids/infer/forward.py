@@ -37,7 +37,8 @@ def blocks(model: DeepseekV3) -> list[Block]:
 
 class _Places:
     """Where the next `new` tokens of each of `batch` sequences lie, the same in all layers: angles of their rotation
-    [B * S, R / 2], slots [B * S] in a cache whose pages are a sequence's rows each, and that cache's page table."""
+    [B * S, R / 2], slots [B * S] in a cache whose pages are a sequence's rows each, that cache's page table, and
+    sequences' lengths, for the host and where the cache is."""
 
     def __init__(self, model: DeepseekV3, cache: LatentCache, new: int) -> None:
         device = cache.rows.device
@@ -46,6 +47,7 @@ class _Places:
         self.table = torch.arange(cache.batch, device=device).unsqueeze(1)
         self.slots = (self.table * cache.capacity + positions).flatten()
         self.lengths = torch.full((cache.batch,), cache.length + new)
+        self.seq_lens = torch.full((cache.batch,), cache.length + new, device=device)
         self.cu_seqlens = torch.arange(cache.batch + 1, dtype=torch.int32) * new
         self.absorbed = 0 < new <= MOST_ABSORBED and cache.length > 0
 
@@ -58,8 +60,7 @@ def _absorbed(attention: Attention, q: tuple[Tensor, Tensor], rows: Tensor, plac
         [config.qk_nope_head_dim, config.v_head_dim], dim=1
     )
     absorbed = torch.cat((torch.einsum("thn,hnc->thc", nope, w_uk), rotary), dim=-1).unflatten(0, (batch, -1))
-    lengths = places.lengths.to(rows.device)
-    latent, _ = mla_decode(absorbed, rows, places.table, lengths, config.kv_lora_rank, config.softmax_scale)
+    latent, _ = mla_decode(absorbed, rows, places.table, places.seq_lens, config.kv_lora_rank, config.softmax_scale)
     return torch.einsum("thc,hvc->thv", latent.flatten(0, 1), w_uv)
 
 

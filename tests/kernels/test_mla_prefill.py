@@ -133,3 +133,17 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], message: str)
     good = problem([(70, 9), (33, 33)], 10, 16, torch.float32, torch.device("cpu"))
     with pytest.raises(error, match=message):
         mla_prefill(**{**good, **change})
+
+
+@pytest.mark.gpu
+def test_waits_for_no_gpu() -> None:
+    """With lengths on the CPU, in one pass and in several."""
+    given = problem([(70, 9), (33, 33)], 10, 16, torch.bfloat16, torch.device("cuda"))
+    given |= {name: given[name].cpu() for name in ("seq_lens", "cu_seqlens")}
+    for workspace in (1000, 20):
+        mla_prefill(**given, workspace=workspace)  # compiles
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            mla_prefill(**given, workspace=workspace)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
