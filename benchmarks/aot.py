@@ -140,6 +140,7 @@ def _target(arch: str) -> Any:
 def _source(launch: Launch, target: Any) -> tuple[Any, Any]:
     """Triton's ASTSource and options of a launch, by the steps of JITFunction.run before it asks for a device."""
     from triton.compiler import ASTSource, make_backend
+    from triton.experimental.gluon._runtime import GluonASTSource
     from triton.runtime.jit import create_function_from_signature
 
     fn = launch.kernel
@@ -148,7 +149,7 @@ def _source(launch: Launch, target: Any) -> tuple[Any, Any]:
     binder = create_function_from_signature(fn.signature, fn.params, backend)
     bound, specialization, options = binder(*launch.args, **kwargs)
     options, signature, constexprs, attrs = fn._pack_args(backend, kwargs, bound, specialization, options)
-    return ASTSource(fn, signature, constexprs, attrs), options
+    return (GluonASTSource if fn.is_gluon() else ASTSource)(fn, signature, constexprs, attrs), options
 
 
 def _tool(name: str) -> str:

@@ -43,13 +43,14 @@ TOP = {"cli", "quickstart", "doctor", "plan", "__main__", "__init__"}  # may imp
 # moe_plan: where moe's rows lie; grouped_gemm: the products inside moe, and how grouped_fp8_gemm numbers tiles;
 # rms_norm: what rms_norm_quant computes before it quantises;
 # fp8_gemm: the three products of fp8_linear, one expert's in grouped_fp8_gemm, as that is grouped_fp8_linear's, whose
-# experts' codes moe has too; _*_torch, _*_triton: a room's paths;
+# experts' codes moe has too; _*_torch, _*_triton, _*_hopper: a room's paths;
 # mla_cache: rows that mla_decode and mla_prefill read, made by rms_norm and rope; mla_attention: mla_prefill's
 ROOM_MAY_IMPORT = {
     "_operator",
     "_ops",
     "_checks",
     "_launch",
+    "_fp8_gemm_hopper",
     "_mla_attention_torch",
     "_mla_attention_triton",
     "fp8_gemm",

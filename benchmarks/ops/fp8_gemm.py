@@ -205,7 +205,8 @@ def tuning(device: torch.device) -> dict[str, Tuning]:
             swapped: dict[str, Any] = dict(SWAP=(True,), BLOCK_Q=(max(16, min(64, shape["M"])),))
             pointers = combinations(TMA=(False,), **swapped, **common)
             return pointers + combinations(**swapped, **parts) + combinations(BLOCK_Q=(32, 64, 128), **parts)
-        return combinations(
+        by_hand = combinations(GROUPS=(2, 3), STAGES=(4, 5), STRIPE=(8,))
+        return by_hand + combinations(
             TMA=(True, False), BLOCK_P=(64, 128), BLOCK_Q=(64, 128), STAGES=(3, 4), num_warps=(4, 8), **common
         )
 

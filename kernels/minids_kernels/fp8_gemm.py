@@ -10,7 +10,8 @@ and N from 0), a K tail under 128, any strides. out in bf16, fp16 or fp32.
 One program computes one tile of x @ y.T. Few rows of a are made the y side (SWAP in the launch table), so that the
 weights fill the 64 rows of a Hopper instruction. Tiles are fetched by tensor descriptors where the table says TMA, else
 by pointers; codes whose rows do not lie at multiples of 16 bytes are copied first. On Hopper a tile's products and its
-fp32 sums take turns, so several programs must share a multiprocessor for one's products to run beside another's sums.
+fp32 sums take turns, so several programs must share a multiprocessor for one's products to run beside another's sums;
+where the table says GROUPS, groups of warps within a program do (`_fp8_gemm_hopper`), which takes half as much from L2.
 Chips without e4m3 instructions (sm_80, sm_86) widen codes to fp16 in registers, exactly.
 Test: tests/kernels/test_fp8_gemm.py. Benchmark: benchmarks/ops/fp8_gemm.py.
 """
@@ -29,6 +30,8 @@ from ._operator import operator
 
 if _launch.HAS_TRITON:
     from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from . import _fp8_gemm_hopper
 
 __all__ = ["fp8_gemm", "fp8_gemm_reference", "fp8_gemm_wgrad", "fp8_gemm_wgrad_reference"]
 
@@ -196,6 +199,8 @@ def _sum_parts_kernel(parts, out, numbers, PARTS: tl.constexpr, BLOCK: tl.conste
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 SUM_BLOCK = 1024  # numbers of a program that sums parts
+# in place of a launch by hand: for the interpreter, which cannot run it, and rows that descriptors cannot store
+PLAIN = dict(TMA=True, BLOCK_P=64, BLOCK_Q=128, BLOCK_K=128, STRIPE=8, STAGES=4, num_warps=4)
 
 
 def _generation(x: Tensor) -> int:
@@ -225,6 +230,11 @@ def _triton_gemm(
     a, b = _aligned(a), _aligned(b)
     table = "fp8_gemm" if blocks else "fp8_gemm_wgrad"
     config = dict(_launch.config("fp8_gemm", table, _launch.arch(a), M=a.shape[0], N=b.shape[0], K=a.shape[1]))
+    if "GROUPS" in config:
+        if not _launch.INTERPRETED and out.shape[1] * out.element_size() % 16 == 0:
+            _fp8_gemm_hopper.gemm(a, a_scale, b, b_scale, out, **config)
+            return
+        config = dict(PLAIN)
     swap, tma, parts = (config.pop(name, 0) for name in ("SWAP", "TMA", "PARTS"))
     parts = min(max(1, parts), a_scale.shape[1]) if blocks and tma else 1
     result = out if parts == 1 else out.new_empty(parts, *out.shape, dtype=torch.float32)

@@ -7,8 +7,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from minids_kernels import _launch, fp8_gemm, fp8_gemm_reference, fp8_gemm_wgrad, fp8_gemm_wgrad_reference
+from minids_kernels import (
+    _launch,
+    fp8_gemm,
+    fp8_gemm_reference,
+    fp8_gemm_wgrad,
+    fp8_gemm_wgrad_reference,
+    quantize_blocks,
+    quantize_tiles,
+)
 from minids_kernels._ops import ops
+from minids_kernels.fp8_gemm import PLAIN
 from torch import Tensor
 from torch.library import opcheck
 
@@ -28,6 +37,8 @@ WAYS = {
     "descriptors, parts": ("sm_90", dict(TILE, TMA=True, PARTS=3, BLOCK_P=64, BLOCK_Q=64, STAGES=2)),
     "descriptors, swapped parts": ("sm_90", dict(TILE, TMA=True, SWAP=True, PARTS=2, BLOCK_P=64, BLOCK_Q=16, STAGES=2)),
 }
+if torch.cuda.is_available():  # the interpreter cannot run it
+    WAYS |= {f"by hand, {n} groups": ("sm_90", dict(GROUPS=n, STAGES=4, STRIPE=2)) for n in (2, 3)}
 
 
 @pytest.fixture(params=["torch", *WAYS])
@@ -242,3 +253,27 @@ def test_one_graph_under_compile(way: str, device: torch.device) -> None:
         assert torch.equal(compiled(*tensors), fp8_gemm_wgrad(*tensors))
         out = torch.ones(m, 5, device=device)
         assert torch.equal(compiled(*tensors, out=out), fp8_gemm_wgrad(*tensors, out=torch.ones_like(out)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("groups", [2, 3])
+@pytest.mark.parametrize(
+    "shape", [(1, 16, 16), (128, 128, 128), (300, 520, 1000), (700, 1096, 2064), (2000, 3000, 7168)]
+)
+def test_by_hand_sums_as_the_interpreted_kernel_does(
+    shape: tuple[int, int, int], groups: int, out_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton's interpreter cannot run the Hopper kernel. It takes the same products and sums in the same order as the
+    one that the interpreter proves, so every number is the same, at every tail, in every run."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("for Hopper alone")
+    m, n, k = shape
+    a, a_scale = quantize_tiles(torch.randn(m, k, device="cuda"))
+    b, b_scale = quantize_blocks(torch.randn(n, k, device="cuda"))
+    results = []
+    for config in (PLAIN, *[dict(GROUPS=groups, STAGES=4, STRIPE=8)] * 3):
+        monkeypatch.setattr(_launch, "config", lambda *_, config=config, **__: config)
+        with poisoned_memory():
+            results.append(fp8_gemm(a, a_scale, b, b_scale, out_dtype))
+    assert not results[0].isnan().any() and all(torch.equal(r, results[0]) for r in results[1:])
