@@ -231,7 +231,7 @@ def _triton_gemm(
     table = "fp8_gemm" if blocks else "fp8_gemm_wgrad"
     config = dict(_launch.config("fp8_gemm", table, _launch.arch(a), M=a.shape[0], N=b.shape[0], K=a.shape[1]))
     if "GROUPS" in config:
-        if not _launch.INTERPRETED and out.shape[1] * out.element_size() % 16 == 0:
+        if blocks and not _launch.INTERPRETED and out.shape[1] * out.element_size() % 16 == 0:
             _fp8_gemm_hopper.gemm(a, a_scale, b, b_scale, out, **config)
             return
         config = dict(PLAIN)

@@ -37,7 +37,7 @@ WAYS = {
     "descriptors, parts": ("sm_90", dict(TILE, TMA=True, PARTS=3, BLOCK_P=64, BLOCK_Q=64, STAGES=2)),
     "descriptors, swapped parts": ("sm_90", dict(TILE, TMA=True, SWAP=True, PARTS=2, BLOCK_P=64, BLOCK_Q=16, STAGES=2)),
 }
-if torch.cuda.is_available():  # the interpreter cannot run it
+if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):  # the interpreter cannot run it
     WAYS |= {f"by hand, {n} groups": ("sm_90", dict(GROUPS=n, STAGES=4, STRIPE=2)) for n in (2, 3)}
 
 
