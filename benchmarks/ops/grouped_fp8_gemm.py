@@ -138,7 +138,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
 
 def tuning(device: torch.device) -> dict[str, Tuning]:
     """At V3's gate_up product. Tensor descriptors are tried everywhere; for chips that have none the compiler makes
-    pointers of them."""
+    pointers of them, and refuses what Hopper's warps do by hand."""
 
     def forward(shape: Mapping[str, int]) -> Run:
         case = _forward_case(EXPERTS * shape.get("rows", 1), 2 * INNER, WIDTH, EXPERTS, True, device)
@@ -154,7 +154,7 @@ def tuning(device: torch.device) -> dict[str, Tuning]:
         return lambda: quantize_segments_transposed(x, offsets)
 
     def tiles(shape: Mapping[str, int]) -> list[dict[str, Any]]:
-        return combinations(
+        return combinations(GROUPS=(2, 3), STAGES=(4,), STRIPE=(8,)) + combinations(
             TMA=(True, False), BLOCK_P=(64, 128), BLOCK_Q=(64, 128), BLOCK_K=(128,), STRIPE=(8,), STAGES=(3, 4),
             num_warps=(4, 8),
         )  # fmt: skip

@@ -150,7 +150,8 @@ def tuning(device: torch.device) -> dict[str, Tuning]:
             BLOCK_M=[m for m in (16, 32, 64) if m <= max(16, shape["rows"])], BLOCK_N=(16, 32, 64, 128), LEAST=(4,),
             PROGRAMS_PER_SM=(1, 2, 4), KEYS_FIRST=(False, True), num_warps=(4, 8), num_stages=(1, 2, 3),
         )  # fmt: skip
-        return [x for x in found if not x["KEYS_FIRST"] or (x["BLOCK_M"] < 64 and x["BLOCK_N"] >= 64)]
+        found = [x for x in found if not x["KEYS_FIRST"] or (x["BLOCK_M"] < 64 and x["BLOCK_N"] >= 64)]
+        return found + [found[0] | dict(BY_HAND=True, LEAST=least) for least in (2, 4, 8)]
 
     return {
         "mla_decode": Tuning(lambda shape: bind(shape, fp8=False), decode),

@@ -9,7 +9,8 @@ Rows from offsets[E] on belong to no expert: their result is zero. No count leav
 E alone, so that a CUDA graph captured once serves any routing. Tiles are numbered as in `grouped_gemm`; up to SMALL
 rows (decoding) each hit expert's weights are read once, as the operand that tensor cores want 64 rows of. A tile's
 products are summed, scaled and promoted to fp32 every 128 numbers by `fp8_gemm`'s code, codes fetched by tensor
-descriptors where the launch table says TMA; chips without e4m3 (sm_80, sm_86) widen codes in registers.
+descriptors where the launch table says TMA, the whole by `_grouped_fp8_gemm_hopper` where it says GROUPS; chips without
+e4m3 (sm_80, sm_86) widen codes in registers.
 
 The weight gradient multiplies along rows, where a tile of 128 must not hold rows of two experts. So tiles begin at
 each segment's own first row: `quantize_segments_transposed` numbers them like the product's, expert e's from
@@ -36,6 +37,7 @@ from .fp8_gemm import (
     E4M3,
     GROUP,
     OUT_DTYPES,
+    PLAIN,
     _aligned,
     _dequantize,
     _generation,
@@ -49,6 +51,8 @@ from .grouped_gemm import SMALL, describable, segment_at, segment_of
 
 if _launch.HAS_TRITON:
     from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from . import _grouped_fp8_gemm_hopper
 
 __all__ = [
     "grouped_fp8_gemm",
@@ -239,6 +243,13 @@ def _fetched(
     return x, y, {**config, "WIDE": wide, "TMA": tma}
 
 
+def _by_hand(a: Tensor, b: Tensor, out: Tensor) -> bool:
+    """Whether descriptors can fetch codes a and b and store rows of `out`. The interpreter cannot run such launches."""
+    return (
+        not _launch.INTERPRETED and describable(a) and describable(b) and out.shape[-1] * out.element_size() % 16 == 0
+    )
+
+
 def _triton_gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor, out: Tensor) -> None:
     if out.numel() == 0:
         return
@@ -251,6 +262,11 @@ def _triton_gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets
         grid: tuple[int, ...] = triton.cdiv(cols, config["BLOCK_P"]), rows
     else:
         config = _launch.config("grouped_fp8_gemm", "many", arch, rows=rows // max(1, experts))
+        if "GROUPS" in config:
+            if _by_hand(a, b, out):
+                _grouped_fp8_gemm_hopper.grouped(a, a_scale, b, b_scale, offsets, out, **config)
+                return
+            config = PLAIN
         grid = ((rows // config["BLOCK_P"] + experts + 1) * triton.cdiv(cols, config["BLOCK_Q"]),)
     x, y, meta = _fetched(a, b, config, ("BLOCK_Q", "BLOCK_P") if small else ("BLOCK_P", "BLOCK_Q"))
     _launch.launch(
@@ -270,6 +286,7 @@ def _triton_masked(
     a, b = (_aligned(x.reshape(-1, width)) for x in (a, b))
     a_scale = a_scale.reshape(experts * rows, -1)
     config = _launch.config("grouped_fp8_gemm", "many", _launch.arch(a), rows=expected)
+    config = PLAIN if "GROUPS" in config else config
     x, y, meta = _fetched(a, b, config, ("BLOCK_P", "BLOCK_Q"))
     _launch.launch(
         _grouped_fp8_gemm_masked_kernel,
@@ -288,6 +305,12 @@ def _triton_wgrad(
     experts, rows, cols = out.shape
     a, b = _aligned(a), _aligned(b)
     config = _launch.config("grouped_fp8_gemm", "wgrad", _launch.arch(a))
+    if "GROUPS" in config:
+        if _by_hand(a, b, out) and out.is_contiguous() and out.data_ptr() % 16 == 0:
+            stages, stripe = config["STAGES"], config["STRIPE"]
+            _grouped_fp8_gemm_hopper.wgrad(a, a_scale, b, b_scale, offsets, out, add, stages, stripe)
+            return
+        config = PLAIN
     tiles = triton.cdiv(rows, config["BLOCK_P"]) * triton.cdiv(cols, config["BLOCK_Q"])
     x, y, meta = _fetched(a, b, config, ("BLOCK_P", "BLOCK_Q"))
     _launch.launch(

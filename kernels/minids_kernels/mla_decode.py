@@ -18,7 +18,8 @@ wider rows, and fp64, take the PyTorch path.
 
 KEYS_FIRST (launch table): scores and output are computed transposed, cached rows times queries. Hopper's tensor cores
 want 64 rows of their left factor: a block of cached rows has them where 16 or 32 query rows do not, and both products
-then read the block from shared memory as it came.
+then read the block from shared memory as it came. BY_HAND: rows of 512 + 64 numbers on pages of 64 go to
+`_mla_decode_hopper`, whose groups of warps take turns at softmax and products.
 
 A cache of bytes holds FlashMLA's fp8 rows (mla_cache.py writes either kind). A block of rows is widened to q's dtype in
 registers, code * scale, and multiplied as any other. On the Triton path with q in bf16 or fp16 and v_dim = Dc = 128,
@@ -41,6 +42,9 @@ from ._launch import tl, triton
 from ._operator import operator
 from .fp8_quant import E4M3, TILE, decode_e4m3, native_e4m3
 from .mla_cache import aligned_rows, row_bytes, row_fields, widened_rows
+
+if _launch.HAS_TRITON:
+    from . import _mla_decode_hopper
 
 __all__ = ["mla_decode", "mla_decode_reference"]
 
@@ -326,6 +330,11 @@ def _triton_decode(
     kernel = "mla_decode_fp8" if fp8 else "mla_decode_fp32" if q.dtype == torch.float32 else "mla_decode"
     arch = _launch.arch(q)
     config = {"KEYS_FIRST": False, **_launch.config("mla_decode", kernel, arch, rows=rows, v_dim=v_dim)}
+    by_hand = (
+        config.pop("BY_HAND", False) and not _launch.INTERPRETED and _mla_decode_hopper.fits(q, kv_cache, v_dim, scale)
+    )
+    if by_hand:
+        config |= dict(BLOCK_M=_mla_decode_hopper.BLOCK_M, BLOCK_N=_mla_decode_hopper.BLOCK_N, PROGRAMS_PER_SM=1)
     block_n, least = config["BLOCK_N"], config["LEAST"]
     tiles = triton.cdiv(rows, config["BLOCK_M"])
     room = block_table.shape[1] * page
@@ -335,16 +344,20 @@ def _triton_decode(
     partial = q.new_empty(2 * parts, rows, v_dim, dtype=torch.float32)
     partial_lse = q.new_empty(2 * parts, rows, dtype=torch.float32)
     shares = dict(V_DIM=v_dim, BLOCK_B=max(128, triton.next_power_of_2(batch)), SEQUENCE_COST=SEQUENCE_COST)
-    _launch.launch(
-        _mla_decode_kernel, (tiles, parts if batch else 0),
-        q, cache, scales, rotary, block_table, seq_lens, out, lse, partial, partial_lse,
-        batch, rows, heads, new, room, page, kv_cache.stride(0), block_table.stride(0),
-        scale * math.log2(math.e),
-        CAUSAL=causal, FP8=fp8, NATIVE=fp8 and native_e4m3(q), TILE=TILE, REST=width - v_dim,
-        ROW_STRIDE=kv_cache.stride(1), SMALL_PAGE=page if page % block_n else 0,
-        BLOCK_C=max(16, triton.next_power_of_2(v_dim)), BLOCK_R=max(16, triton.next_power_of_2(width - v_dim)),
-        PRECISION="ieee" if torch.version.hip else "tf32x3", STAGES=config["num_stages"], **shares, **config,
-    )  # fmt: skip
+    if by_hand:
+        results = (out, lse, partial, partial_lse)
+        _mla_decode_hopper.attend(q, kv_cache, block_table, seq_lens, *results, scale, causal, least, SEQUENCE_COST)
+    else:
+        _launch.launch(
+            _mla_decode_kernel, (tiles, parts if batch else 0),
+            q, cache, scales, rotary, block_table, seq_lens, out, lse, partial, partial_lse,
+            batch, rows, heads, new, room, page, kv_cache.stride(0), block_table.stride(0),
+            scale * math.log2(math.e),
+            CAUSAL=causal, FP8=fp8, NATIVE=fp8 and native_e4m3(q), TILE=TILE, REST=width - v_dim,
+            ROW_STRIDE=kv_cache.stride(1), SMALL_PAGE=page if page % block_n else 0,
+            BLOCK_C=max(16, triton.next_power_of_2(v_dim)), BLOCK_R=max(16, triton.next_power_of_2(width - v_dim)),
+            PRECISION="ieee" if torch.version.hip else "tf32x3", STAGES=config["num_stages"], **shares, **config,
+        )  # fmt: skip
     if parts > 1:
         combine = _launch.config("mla_decode", "mla_decode_combine", arch, batch=batch)
         _launch.launch(

@@ -28,6 +28,10 @@ PRODUCTS: dict[str, str] = {
     "_fp8_gemm_kernel": "fp8",
     "_fp8_gemm_tma_kernel": "fp8",
     "_fp8_gemm_hopper_kernel": "fp8",
+    "_fp8_gemm_wgrad_hopper_kernel": "fp8",
+    "_grouped_fp8_gemm_hopper_kernel": "fp8",
+    "_grouped_fp8_gemm_wgrad_hopper_kernel": "fp8",
+    "_mla_decode_hopper_kernel": "bf16",
     "_grouped_fp8_gemm_kernel": "fp8",
     "_grouped_fp8_gemm_masked_kernel": "fp8",
     "_grouped_fp8_gemm_small_kernel": "fp8",
@@ -42,7 +46,7 @@ PRODUCTS: dict[str, str] = {
 }
 
 # kernels that fetch by bulk tensor copies; others do if their launch says so (X_TMA, ...)
-TMA = {"_fp8_gemm_tma_kernel", "_fp8_gemm_hopper_kernel"}
+TMA = {"_fp8_gemm_tma_kernel"} | {kernel for kernel in PRODUCTS if kernel.endswith("_hopper_kernel")}
 
 # kernels whose tables hold tiles of fewer than the 64 rows that the instructions of sm_90 and sm_100 need
 SMALL_TILES = {"_mla_decode_kernel"}

@@ -318,6 +318,34 @@ def test_one_graph_under_compile(device: torch.device) -> None:
             assert torch.equal(got, want)
 
 
+BY_HAND = {
+    "rows of one tile": (16, 1, [64, 128, 320, 100, 0, 1, 63, 65, 4096]),
+    "several tiles": (128, 1, [64, 129, 0, 1000]),
+    "several tokens": (16, 4, [64, 3, 0, 5, 200, 640]),
+    "tokens over tiles": (64, 2, [1, 0, 64, 777]),
+    "a tile that is not full": (20, 3, [500, 2, 64]),
+    "more sequences than programs": (8, 1, [*range(0, 400, 2)]),
+    "one long sequence": (128, 1, [30000]),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "all"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", BY_HAND.values(), ids=BY_HAND)
+def test_by_hand_as_flash_mla(case: tuple[int, int, list[int]], dtype: torch.dtype, causal: bool) -> None:
+    """Triton's interpreter cannot run the Hopper kernel; what fails to be written is NaN, as is all that is no row."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("for Hopper alone")
+    heads, new, lengths = case
+    (q, *cache), rows = problem(lengths, new, heads, *V3, 64, dtype, torch.device("cuda"))
+    assert room._mla_decode_hopper.fits(q, cache[0], V3[0], 0.5)
+    with poisoned_memory():
+        results = [mla_decode(q, *cache, V3[0], 0.5, causal) for _ in range(3)]
+    assert_as_flash_mla(results[0], exact(q, rows, V3[0], 0.5, causal))
+    assert all(torch.equal(x, y) for again in results[1:] for x, y in zip(again, results[0], strict=True))
+
+
 @pytest.mark.gpu
 def test_a_cuda_graph_follows_the_lengths() -> None:
     device = torch.device("cuda")

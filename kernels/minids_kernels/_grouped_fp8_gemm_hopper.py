@@ -1,0 +1,367 @@
+"""`grouped_fp8_gemm`'s products for Hopper (sm_90) with the warps' work laid out by hand: `_fp8_gemm_hopper` for
+segments of rows, and for the weight gradient.
+
+Tiles of all segments are numbered without a gap: each expert's as `_fp8_gemm_hopper` does, behind those of the experts
+before; rows of no expert come last, as a segment without anything to multiply. How many tiles there are is known on the
+device alone. So each warp walks through as many numbers as T rows may have tiles, finds a number's segment from the
+last one's on, and leaves numbers past the last tile out: all warps see the same tiles in the same order, which keeps
+them in step at the ring. Where a group's 64 rows of a tile lie behind the segment's end they are not fetched, and the
+group lets go of the buffers without multiplying, which leaves the tensor cores to the others.
+
+The weight gradient's operands have scales of each row and each column of a tile: these pass through the ring, too.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from . import _launch
+from ._fp8_gemm_hopper import (
+    COLUMNS,
+    DEPTH,
+    FETCH_REGISTERS,
+    REGISTERS,
+    ROWS,
+    _descriptor,
+    _factors,
+    _next,
+    _origin,
+)
+from ._launch import triton
+
+__all__ = ["grouped", "wgrad"]
+
+
+@gluon.jit
+def _segment(tile, expert, start, end, first, segments, BLOCK_M: gl.constexpr):
+    """The segment of a tile: its expert (E: no one's), its first row, where it ends, and the number of its first tile;
+    from those of an earlier tile's segment, at first of none (-1, 0, 0, 0). And whether there is such a tile."""
+    offsets, T, E, N = segments
+    tiles = gl.cdiv(end - start, BLOCK_M) * gl.cdiv(N, COLUMNS)
+    while (tile >= first + tiles) & (expert < E):
+        expert += 1
+        first += tiles
+        start = end
+        end = gl.load(offsets + expert + 1, mask=expert < E, other=T)
+        tiles = gl.cdiv(end - start, BLOCK_M) * gl.cdiv(N, COLUMNS)
+    return expert, start, end, first, tile < first + tiles
+
+
+@gluon.jit
+def _most(segments, BLOCK_M: gl.constexpr):
+    """There are no more tiles than this, whatever the segments' lengths."""
+    _, T, E, N = segments
+    return (T // BLOCK_M + E + 1) * gl.cdiv(N, COLUMNS)
+
+
+@gluon.jit
+def _fetch(a, b, rings, segments, K, BLOCK_M: gl.constexpr, STRIPE: gl.constexpr, STAGES: gl.constexpr):
+    """The fetching warp: codes of all tiles of this program, in order, into the ring."""
+    a_ring, b_ring, full, empty = rings
+    _, _, E, N = segments
+    GROUPS: gl.constexpr = BLOCK_M // ROWS
+    stage, phase = gl.to_tensor(0), gl.to_tensor(0)
+    expert, start, end, first = gl.to_tensor(-1), gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
+    for tile in range(gl.program_id(0), _most(segments, BLOCK_M), gl.num_programs(0)):
+        expert, start, end, first, real = _segment(tile, expert, start, end, first, segments, BLOCK_M)
+        if real & (expert < E):
+            m, n = _origin(tile - first, end - start, N, BLOCK_M, STRIPE)
+            m += start
+            groups = gl.minimum(gl.cdiv(end - m, ROWS), GROUPS)  # with rows in this segment
+            for k in range(0, K, DEPTH):
+                mbarrier.wait(empty.index(stage), phase ^ 1)
+                for count in gl.static_range(1, GROUPS + 1):
+                    mbarrier.expect(full.index(stage), (count * ROWS + COLUMNS) * DEPTH, pred=groups == count)
+                tma.async_copy_global_to_shared(b, [expert * N + n, k], full.index(stage), b_ring.index(stage))
+                for group in gl.static_range(GROUPS):
+                    part = a_ring.index(stage * GROUPS + group)
+                    row = m + group * ROWS
+                    tma.async_copy_global_to_shared(a, [row, k], full.index(stage), part, pred=group < groups)
+                stage, phase = _next(stage, phase, STAGES)
+
+
+@gluon.jit
+def _store_some(out_ptr, out_buffer, m, n, end, N):
+    """Rows from m up to `end` of a tile in shared memory to out [T, N], 16 bytes a thread."""
+    WIDTH: gl.constexpr = 128 // out_ptr.dtype.element_ty.primitive_bitwidth
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, WIDTH], [WIDTH * 32 // COLUMNS, COLUMNS // WIDTH], [4, 1], [1, 0])
+    row = (m + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))).expand_dims(1)
+    column = (n + gl.arange(0, COLUMNS, gl.SliceLayout(0, LAYOUT))).expand_dims(0)
+    gl.store(out_ptr + row.to(gl.int64) * N + column, out_buffer.load(LAYOUT), mask=(row < end) & (column < N))
+
+
+@gluon.jit
+def _multiply(
+    outs, out_buffer, rings, scales, segments, K,
+    GROUP: gl.constexpr, BLOCK_M: gl.constexpr, STRIPE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Four warps: rows [GROUP * 64, GROUP * 64 + 64) of all tiles of this program."""
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
+    a_ring, b_ring, full, empty = rings
+    a_scale, a_stride, a_k_stride, b_scale, b_expert, b_stride, b_k_stride = scales
+    out, out_ptr = outs
+    _, _, E, N = segments
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+    zeros = gl.zeros([ROWS, COLUMNS], gl.float32, LAYOUT)
+    stage, phase = gl.to_tensor(0), gl.to_tensor(0)
+    expert, start, end, first = gl.to_tensor(-1), gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
+    for tile in range(gl.program_id(0), _most(segments, BLOCK_M), gl.num_programs(0)):
+        expert, start, end, first, real = _segment(tile, expert, start, end, first, segments, BLOCK_M)
+        if real:
+            m, n = _origin(tile - first, end - start, N, BLOCK_M, STRIPE)
+            m += start + GROUP * ROWS
+            steps = gl.where(expert < E, gl.cdiv(K, DEPTH), 0)
+            if m < end:
+                strip = a_scale + m.to(gl.int64) * a_stride
+                block = b_scale + gl.minimum(expert, E - 1).to(gl.int64) * b_expert + n // COLUMNS * b_stride
+                rows = gl.minimum(row, end - 1 - m) * a_stride
+                factors = _factors(strip, block, rows, 0, a_k_stride, b_k_stride)
+                acc = zeros
+                for k in range(steps):
+                    mbarrier.wait(full.index(stage), phase)
+                    left = a_ring.index(stage * (BLOCK_M // ROWS) + GROUP)
+                    right = b_ring.index(stage).permute((1, 0))
+                    product = warpgroup_mma(left, right, zeros, use_acc=False, is_async=True)
+                    following = _factors(strip, block, rows, gl.minimum(k + 1, steps - 1), a_k_stride, b_k_stride)
+                    product = warpgroup_mma_wait(0, deps=(product,))
+                    mbarrier.arrive(empty.index(stage), count=1)  # by one thread, after a barrier of the four warps
+                    acc = gl.fma(product, factors.expand_dims(1).broadcast_to(product.shape), acc)
+                    factors = following
+                    stage, phase = _next(stage, phase, STAGES)
+                tma.store_wait(0)
+                out_buffer.store(acc.to(out.dtype))
+                if m + ROWS <= end:
+                    fence_async_shared()
+                    tma.async_copy_shared_to_global(out, [m, n], out_buffer)
+                else:  # the next rows are another's
+                    _store_some(out_ptr, out_buffer, m, n, end, N)
+            else:
+                for _ in range(steps):
+                    mbarrier.wait(full.index(stage), phase)
+                    mbarrier.arrive(empty.index(stage), count=1)
+                    stage, phase = _next(stage, phase, STAGES)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _grouped_fp8_gemm_hopper_kernel(
+    a, a_scale, b, b_scale, offsets, out, out_ptr, T, E, N, K, a_stride, a_k_stride, b_expert, b_stride, b_k_stride,
+    STRIPE: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """out [T, N] = a [T, K] @ b [E * N, K].T of each row's expert, descriptors of [64, 128], [64, 128] and [128, 128]
+    numbers; out_ptr: out, contiguous. REGISTERS: of a multiplying thread."""
+    BLOCK_M: gl.constexpr = ROWS * GROUPS
+    a_ring = gl.allocate_shared_memory(a.dtype, [STAGES * GROUPS, ROWS, DEPTH], a.layout)
+    b_ring = gl.allocate_shared_memory(b.dtype, [STAGES, COLUMNS, DEPTH], b.layout)
+    buffers = gl.allocate_shared_memory(out.dtype, [GROUPS, ROWS, COLUMNS], out.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=GROUPS)
+    fence_async_shared()
+    rings = (a_ring, b_ring, full, empty)
+    scales = (a_scale, a_stride, a_k_stride, b_scale, b_expert, b_stride, b_k_stride)
+    segments = (offsets, T, E, N)
+    outs = (out, out_ptr)
+    if GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_multiply, (outs, buffers.index(0), rings, scales, segments, K, 0, BLOCK_M, STRIPE, STAGES)),
+                (_multiply, (outs, buffers.index(1), rings, scales, segments, K, 1, BLOCK_M, STRIPE, STAGES)),
+                (_fetch, (a, b, rings, segments, K, BLOCK_M, STRIPE, STAGES)),
+            ],
+            [4, 1],
+            [REGISTERS, FETCH_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_multiply, (outs, buffers.index(0), rings, scales, segments, K, 0, BLOCK_M, STRIPE, STAGES)),
+                (_multiply, (outs, buffers.index(1), rings, scales, segments, K, 1, BLOCK_M, STRIPE, STAGES)),
+                (_multiply, (outs, buffers.index(2), rings, scales, segments, K, 2, BLOCK_M, STRIPE, STAGES)),
+                (_fetch, (a, b, rings, segments, K, BLOCK_M, STRIPE, STAGES)),
+            ],
+            [4, 4, 1],
+            [REGISTERS, REGISTERS, FETCH_REGISTERS],
+        )
+
+
+# --- weight gradient --------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def _tile_tokens(tile, offsets, N, K, BLOCK_M: gl.constexpr, STRIPE: gl.constexpr):
+    """Expert, first row and column of a tile of out [E, N, K]; the first of its expert's tiles of tokens, and how many
+    there are."""
+    tiles = gl.cdiv(N, BLOCK_M) * gl.cdiv(K, COLUMNS)
+    expert = tile // tiles
+    n, k = _origin(tile % tiles, N, K, BLOCK_M, STRIPE)
+    start = gl.load(offsets + expert)
+    return expert, n, k, start // DEPTH + expert, gl.cdiv(gl.load(offsets + expert + 1) - start, DEPTH)
+
+
+@gluon.jit
+def _fetch_tokens(
+    a, b, offsets, rings, scales, shape, BLOCK_M: gl.constexpr, STRIPE: gl.constexpr, STAGES: gl.constexpr
+):
+    """The fetching warp: codes of all tiles of this program by bulk copies, their scales by 4 bytes a thread, which
+    arrives on `full` when its own are there."""
+    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    a_ring, b_ring, a_scales, b_scales, full, empty = rings
+    a_scale, a_stride, a_k_stride, b_scale, b_stride, b_k_stride = scales
+    E, N, K = shape
+    GROUPS: gl.constexpr = BLOCK_M // ROWS
+    stage, phase = gl.to_tensor(0), gl.to_tensor(0)
+    row, column = gl.arange(0, ROWS, LANES), gl.arange(0, COLUMNS, LANES)
+    for tile in range(gl.program_id(0), E * gl.cdiv(N, BLOCK_M) * gl.cdiv(K, COLUMNS), gl.num_programs(0)):
+        _, n, k, first, steps = _tile_tokens(tile, offsets, N, K, BLOCK_M, STRIPE)
+        columns = gl.minimum(k + column, K - 1) * b_stride
+        for group in range(first, first + steps):
+            mbarrier.wait(empty.index(stage), phase ^ 1)
+            mbarrier.expect(full.index(stage), (BLOCK_M + COLUMNS) * DEPTH)
+            tma.async_copy_global_to_shared(b, [k, group * DEPTH], full.index(stage), b_ring.index(stage))
+            async_copy.async_copy_global_to_shared(b_scales.index(stage), b_scale + group * b_k_stride + columns)
+            for part in gl.static_range(GROUPS):
+                place = stage * GROUPS + part
+                top = n + part * ROWS
+                tma.async_copy_global_to_shared(a, [top, group * DEPTH], full.index(stage), a_ring.index(place))
+                rows = gl.minimum(top + row, N - 1) * a_stride
+                async_copy.async_copy_global_to_shared(a_scales.index(place), a_scale + group * a_k_stride + rows)
+            async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+            stage, phase = _next(stage, phase, STAGES)
+
+
+@gluon.jit
+def _multiply_tokens(
+    outs, out_buffer, old, offsets, rings, shape,
+    GROUP: gl.constexpr, ADD: gl.constexpr, BLOCK_M: gl.constexpr, STRIPE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Four warps: rows [GROUP * 64, GROUP * 64 + 64) of all tiles of this program. ADD: what is in `out` is fetched
+    into the buffer for results while the tile is multiplied, barrier `old`."""
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
+    a_ring, b_ring, a_scales, b_scales, full, empty = rings
+    out, out_ptr = outs
+    E, N, K = shape
+    zeros = gl.zeros([ROWS, COLUMNS], gl.float32, LAYOUT)
+    stage, phase, old_phase = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
+    for tile in range(gl.program_id(0), E * gl.cdiv(N, BLOCK_M) * gl.cdiv(K, COLUMNS), gl.num_programs(0)):
+        expert, n, k, _, steps = _tile_tokens(tile, offsets, N, K, BLOCK_M, STRIPE)
+        top, end = expert * N + n + GROUP * ROWS, expert * N + N
+        if ADD:
+            tma.store_wait(0)
+            mbarrier.expect(old, ROWS * COLUMNS * 4)
+            tma.async_copy_global_to_shared(out, [top, k], old, out_buffer)
+        acc = zeros
+        for _ in range(steps):
+            mbarrier.wait(full.index(stage), phase)
+            place = stage * (BLOCK_M // ROWS) + GROUP
+            right = b_ring.index(stage).permute((1, 0))
+            product = warpgroup_mma(a_ring.index(place), right, zeros, use_acc=False, is_async=True)
+            a_factors = a_scales.index(place).load(gl.SliceLayout(1, LAYOUT)).expand_dims(1)
+            b_factors = b_scales.index(stage).load(gl.SliceLayout(0, LAYOUT)).expand_dims(0)
+            product = warpgroup_mma_wait(0, deps=(product,))
+            mbarrier.arrive(empty.index(stage), count=1)
+            product *= b_factors.broadcast_to(product.shape)
+            acc = gl.fma(product, a_factors.broadcast_to(product.shape), acc)
+            stage, phase = _next(stage, phase, STAGES)
+        if ADD:
+            mbarrier.wait(old, old_phase)
+            old_phase ^= 1
+            acc += out_buffer.load(LAYOUT)
+        else:
+            tma.store_wait(0)
+        out_buffer.store(acc)
+        fence_async_shared()
+        if top + ROWS <= end:
+            tma.async_copy_shared_to_global(out, [top, k], out_buffer)
+        else:  # the next rows are another expert's
+            _store_some(out_ptr, out_buffer, top, k, end, K)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _grouped_fp8_gemm_wgrad_hopper_kernel(
+    a, a_scale, b, b_scale, offsets, out, out_ptr, E, N, K, a_stride, a_k_stride, b_stride, b_k_stride,
+    ADD: gl.constexpr, STRIPE: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """out [E * N, K] = a @ b.T over each expert's columns of a [N, 128 G] and b [K, 128 G], descriptors of [64, 128],
+    [64, 128] and [128, 128] numbers; out_ptr: out, contiguous. ADD: added to it. REGISTERS: of a multiplying thread."""
+    BLOCK_M: gl.constexpr = 2 * ROWS
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
+    a_ring = gl.allocate_shared_memory(a.dtype, [2 * STAGES, ROWS, DEPTH], a.layout)
+    b_ring = gl.allocate_shared_memory(b.dtype, [STAGES, COLUMNS, DEPTH], b.layout)
+    a_scales = gl.allocate_shared_memory(gl.float32, [2 * STAGES, ROWS], FLAT)
+    b_scales = gl.allocate_shared_memory(gl.float32, [STAGES, COLUMNS], FLAT)
+    buffers = gl.allocate_shared_memory(out.dtype, [2, ROWS, COLUMNS], out.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    old = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=33)  # the bulk copies' announcement, and 32 threads
+        mbarrier.init(empty.index(stage), count=2)
+    for group in gl.static_range(2):
+        mbarrier.init(old.index(group), count=1)
+    fence_async_shared()
+    rings = (a_ring, b_ring, a_scales, b_scales, full, empty)
+    scales = (a_scale, a_stride, a_k_stride, b_scale, b_stride, b_k_stride)
+    shape = (E, N, K)
+    outs = (out, out_ptr)
+    zero = (outs, buffers.index(0), old.index(0), offsets, rings, shape, 0, ADD, BLOCK_M, STRIPE, STAGES)
+    one = (outs, buffers.index(1), old.index(1), offsets, rings, shape, 1, ADD, BLOCK_M, STRIPE, STAGES)
+    gl.warp_specialize(
+        [
+            (_multiply_tokens, zero),
+            (_multiply_tokens, one),
+            (_fetch_tokens, (a, b, offsets, rings, scales, shape, BLOCK_M, STRIPE, STAGES)),
+        ],
+        [4, 1],
+        [REGISTERS, FETCH_REGISTERS],
+    )
+
+
+# --- launchers --------------------------------------------------------------------------------------------------------
+
+
+def grouped(
+    x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, offsets: Tensor, out: Tensor,
+    GROUPS: int, STAGES: int, STRIPE: int,
+) -> None:  # fmt: skip
+    """out [T, N] contiguous = x [T, K] @ w [E * N, K].T, E >= 1, rows offsets[e] to offsets[e + 1] (int32 [E + 1]) by
+    expert e, zeros behind; x_scale [T, ceil(K / 128)], w_scale [E, ceil(N / 128), ceil(K / 128)]. Rows of x, w and out
+    start at multiples of 16 bytes, their columns are contiguous."""
+    (T, K), N, E = x.shape, out.shape[1], w_scale.shape[0]
+    most = (T // (64 * GROUPS) + E + 1) * triton.cdiv(N, 128)
+    _launch.launch(
+        _grouped_fp8_gemm_hopper_kernel, (min(most, _launch.multiprocessors(x)),),
+        _descriptor(x, 64, 128), x_scale, _descriptor(w, 128, 128), w_scale, offsets, _descriptor(out, 64, 128), out,
+        T, E, N, K, *x_scale.stride(), *w_scale.stride(),
+        STRIPE=STRIPE, STAGES=STAGES, GROUPS=GROUPS, REGISTERS=REGISTERS[GROUPS], num_warps=4,
+    )  # fmt: skip
+
+
+def wgrad(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor, out: Tensor, add: bool,
+    STAGES: int, STRIPE: int,
+) -> None:  # fmt: skip
+    """out [E, N, K] contiguous fp32 = a [N, 128 G] @ b [K, 128 G].T over each expert's columns, or that added to it;
+    scales [N, G] and [K, G] of fewer than 2^31 numbers. Rows of a, b and out start at multiples of 16 bytes, their
+    columns are contiguous."""
+    E, N, K = out.shape
+    tiles = E * triton.cdiv(N, 128) * triton.cdiv(K, 128)
+    _launch.launch(
+        _grouped_fp8_gemm_wgrad_hopper_kernel, (min(tiles, _launch.multiprocessors(a)),),
+        _descriptor(a, 64, 128), a_scale, _descriptor(b, 128, 128), b_scale, offsets,
+        _descriptor(out.view(E * N, K), 64, 128), out, E, N, K, *a_scale.stride(), *b_scale.stride(),
+        ADD=add, STRIPE=STRIPE, STAGES=STAGES, REGISTERS=REGISTERS[2], num_warps=4,
+    )  # fmt: skip
