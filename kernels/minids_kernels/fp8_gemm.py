@@ -31,8 +31,6 @@ from ._operator import operator
 if _launch.HAS_TRITON:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    from . import _fp8_gemm_hopper
-
 __all__ = ["fp8_gemm", "fp8_gemm_reference", "fp8_gemm_wgrad", "fp8_gemm_wgrad_reference"]
 
 E4M3 = torch.float8_e4m3fn
@@ -232,7 +230,9 @@ def _triton_gemm(
     config = dict(_launch.config("fp8_gemm", table, _launch.arch(a), M=a.shape[0], N=b.shape[0], K=a.shape[1]))
     if "GROUPS" in config:
         if blocks and not _launch.INTERPRETED and out.shape[1] * out.element_size() % 16 == 0:
-            _fp8_gemm_hopper.gemm(a, a_scale, b, b_scale, out, **config)
+            from ._fp8_gemm_hopper import gemm  # Gluon, which is experimental: imported where it serves
+
+            gemm(a, a_scale, b, b_scale, out, **config)
             return
         config = dict(PLAIN)
     swap, tma, parts = (config.pop(name, 0) for name in ("SWAP", "TMA", "PARTS"))

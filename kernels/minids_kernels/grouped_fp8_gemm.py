@@ -52,8 +52,6 @@ from .grouped_gemm import SMALL, describable, segment_at, segment_of
 if _launch.HAS_TRITON:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    from . import _grouped_fp8_gemm_hopper
-
 __all__ = [
     "grouped_fp8_gemm",
     "grouped_fp8_gemm_masked",
@@ -264,7 +262,9 @@ def _triton_gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets
         config = _launch.config("grouped_fp8_gemm", "many", arch, rows=rows // max(1, experts))
         if "GROUPS" in config:
             if _by_hand(a, b, out):
-                _grouped_fp8_gemm_hopper.grouped(a, a_scale, b, b_scale, offsets, out, **config)
+                from ._grouped_fp8_gemm_hopper import grouped
+
+                grouped(a, a_scale, b, b_scale, offsets, out, **config)
                 return
             config = PLAIN
         grid = ((rows // config["BLOCK_P"] + experts + 1) * triton.cdiv(cols, config["BLOCK_Q"]),)
@@ -307,8 +307,9 @@ def _triton_wgrad(
     config = _launch.config("grouped_fp8_gemm", "wgrad", _launch.arch(a))
     if "GROUPS" in config:
         if _by_hand(a, b, out) and out.is_contiguous() and out.data_ptr() % 16 == 0:
-            stages, stripe = config["STAGES"], config["STRIPE"]
-            _grouped_fp8_gemm_hopper.wgrad(a, a_scale, b, b_scale, offsets, out, add, stages, stripe)
+            from ._grouped_fp8_gemm_hopper import wgrad
+
+            wgrad(a, a_scale, b, b_scale, offsets, out, add, config["STAGES"], config["STRIPE"])
             return
         config = PLAIN
     tiles = triton.cdiv(rows, config["BLOCK_P"]) * triton.cdiv(cols, config["BLOCK_Q"])

@@ -43,9 +43,6 @@ from ._operator import operator
 from .fp8_quant import E4M3, TILE, decode_e4m3, native_e4m3
 from .mla_cache import aligned_rows, row_bytes, row_fields, widened_rows
 
-if _launch.HAS_TRITON:
-    from . import _mla_decode_hopper
-
 __all__ = ["mla_decode", "mla_decode_reference"]
 
 MAX_V_DIM, MAX_V_DIM_FP32, MAX_REST = 512, 128, 64  # what a kernel's tile holds of a row
@@ -330,9 +327,11 @@ def _triton_decode(
     kernel = "mla_decode_fp8" if fp8 else "mla_decode_fp32" if q.dtype == torch.float32 else "mla_decode"
     arch = _launch.arch(q)
     config = {"KEYS_FIRST": False, **_launch.config("mla_decode", kernel, arch, rows=rows, v_dim=v_dim)}
-    by_hand = (
-        config.pop("BY_HAND", False) and not _launch.INTERPRETED and _mla_decode_hopper.fits(q, kv_cache, v_dim, scale)
-    )
+    by_hand = False
+    if config.pop("BY_HAND", False) and not _launch.INTERPRETED:
+        from . import _mla_decode_hopper  # Gluon, which is experimental: imported where it serves
+
+        by_hand = _mla_decode_hopper.fits(q, kv_cache, v_dim, scale)
     if by_hand:
         config |= dict(BLOCK_M=_mla_decode_hopper.BLOCK_M, BLOCK_N=_mla_decode_hopper.BLOCK_N, PROGRAMS_PER_SM=1)
     block_n, least = config["BLOCK_N"], config["LEAST"]
