@@ -264,3 +264,50 @@ def test_one_graph_under_compile(name: str) -> None:
         tensors = inputs()
         dout = torch.randn_like(op(*tensors))
         assert_equal_but_for_rounding(run(compiled, tensors, dout), run(op, tensors, dout))
+
+
+def _large(name: str) -> tuple[Callable[..., object], list[Tensor]]:
+    """A forward op, and inputs for which several programs of its largest launch share a multiprocessor."""
+    x, w, stacked = torch.randn(4000, 1024), torch.randn(1096, 1024), torch.randn(4, 520, 1024)
+    offsets = torch.tensor([0, 1700, 1700, 2100, 3950], dtype=torch.int32)
+    tokens, weights = kernels.quantize_tiles(x), [kernels.quantize_blocks(matrix) for matrix in (w, *stacked)]
+    if name == "fp8_gemm":
+        return kernels.fp8_gemm, [*tokens, *weights[0]]
+    if name == "fp8_gemm_wgrad":
+        return kernels.fp8_gemm_wgrad, [*tokens, *kernels.quantize_tiles(w)]
+    if name == "grouped_fp8_gemm":
+        codes, scales = zip(*weights[1:], strict=True)
+        return kernels.grouped_fp8_gemm, [*tokens, torch.stack(codes), torch.stack(scales), offsets]
+    if name == "grouped_fp8_gemm_wgrad":
+        sides = (kernels.quantize_segments_transposed(side, offsets) for side in (x[:, :384], x[:, :640]))
+        return kernels.grouped_fp8_gemm_wgrad, [*(part for side in sides for part in side), offsets]
+    cache, table = torch.randn(600, 64, 576).bfloat16(), torch.randperm(600, dtype=torch.int32).view(12, 50)
+    lengths = torch.tensor([3200, 0, 1, 64, 65, 777, 2000, 31, 1000, 3199, 5, 128], dtype=torch.int32)
+    q = torch.randn(12, 2, 16, 576).bfloat16()
+    return lambda *inputs: kernels.mla_decode(*inputs, 512, 0.1)[0], [q, cache, table, lengths]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "name", ["fp8_gemm", "fp8_gemm_wgrad", "grouped_fp8_gemm", "grouped_fp8_gemm_wgrad", "mla_decode", *sorted(TRITON)]
+)
+def test_a_thousand_launches_give_the_same_bits(name: str) -> None:
+    if name in TRITON:
+        op, make = CASES[name]
+        inputs = [x.cuda() for x in make()]
+        grad = torch.randn_like(op(*inputs))
+
+        def call() -> list[Tensor]:
+            rows = leaves(inputs)
+            out = op(*rows)
+            return [out, *torch.autograd.grad(out, rows, grad)]
+
+    else:
+        forward, inputs = _large(name)
+        inputs = [x.cuda() for x in inputs]
+
+        def call() -> list[Tensor]:
+            return [forward(*inputs)]  # type: ignore[list-item]
+
+    first = call()
+    assert all(torch.equal(a, b) for _ in range(1000) for a, b in zip(call(), first, strict=True))
