@@ -197,7 +197,7 @@ def tuning(device: torch.device) -> dict[str, Tuning]:
 
         return run
 
-    def candidates(shape: Mapping[str, int]) -> list[dict[str, Any]]:
+    def candidates(wgrad: bool, shape: Mapping[str, int]) -> list[dict[str, Any]]:
         common: dict[str, Any] = dict(BLOCK_K=(128,), STRIPE=(8,))
         if shape["M"] <= 128:
             common |= dict(BLOCK_P=(64,), STAGES=(4, 6), num_warps=(4,))
@@ -205,12 +205,16 @@ def tuning(device: torch.device) -> dict[str, Tuning]:
             swapped: dict[str, Any] = dict(SWAP=(True,), BLOCK_Q=(max(16, min(64, shape["M"])),))
             pointers = combinations(TMA=(False,), **swapped, **common)
             return pointers + combinations(**swapped, **parts) + combinations(BLOCK_Q=(32, 64, 128), **parts)
-        by_hand = combinations(GROUPS=(2, 3), STAGES=(4, 5), STRIPE=(8,))
+        forms = [dict(GROUPS=2)] if wgrad else [dict(GROUPS=g, PIECES=p) for g, p in ((2, 1), (2, 2), (3, 1))]
+        by_hand = [form | dict(STAGES=6 if wgrad else 4, STRIPE=8) for form in forms]
         return by_hand + combinations(
             TMA=(True, False), BLOCK_P=(64, 128), BLOCK_Q=(64, 128), STAGES=(3, 4), num_warps=(4, 8), **common
         )
 
-    return {"fp8_gemm": Tuning(bind(False), candidates), "fp8_gemm_wgrad": Tuning(bind(True), candidates)}
+    return {
+        table: Tuning(bind(wgrad), partial(candidates, wgrad))
+        for table, wgrad in (("fp8_gemm", False), ("fp8_gemm_wgrad", True))
+    }
 
 
 def _forward(m: int, n: int, out_dtype: torch.dtype) -> None:

@@ -32,14 +32,20 @@ from ._fp8_gemm_hopper import (
     FETCH_REGISTERS,
     REGISTERS,
     ROWS,
+    SHARED,
     _descriptor,
-    _factors,
     _next,
     _origin,
 )
 from ._launch import triton
 
 __all__ = ["grouped", "wgrad"]
+
+
+@gluon.jit
+def _factors(a_scale, b_scale, rows, k, a_k_stride, b_k_stride):
+    """What to multiply the product of step `k` by, [64]: scales at the offsets `rows` times that of b's block."""
+    return gl.load(a_scale + k * a_k_stride + rows) * gl.load(b_scale + k * b_k_stride)
 
 
 @gluon.jit
@@ -339,14 +345,16 @@ def grouped(
 ) -> None:  # fmt: skip
     """out [T, N] contiguous = x [T, K] @ w [E * N, K].T, E >= 1, rows offsets[e] to offsets[e + 1] (int32 [E + 1]) by
     expert e, zeros behind; x_scale [T, ceil(K / 128)], w_scale [E, ceil(N / 128), ceil(K / 128)]. Rows of x, w and out
-    start at multiples of 16 bytes, their columns are contiguous."""
+    start at multiples of 16 bytes, their columns are contiguous. STAGES: fewer are taken where out's buffers leave no
+    room."""
     (T, K), N, E = x.shape, out.shape[1], w_scale.shape[0]
+    stages = (SHARED - 64 * GROUPS * 128 * out.element_size()) // ((64 * GROUPS + 128) * 128)
     most = (T // (64 * GROUPS) + E + 1) * triton.cdiv(N, 128)
     _launch.launch(
         _grouped_fp8_gemm_hopper_kernel, (min(most, _launch.multiprocessors(x)),),
         _descriptor(x, 64, 128), x_scale, _descriptor(w, 128, 128), w_scale, offsets, _descriptor(out, 64, 128), out,
         T, E, N, K, *x_scale.stride(), *w_scale.stride(),
-        STRIPE=STRIPE, STAGES=STAGES, GROUPS=GROUPS, REGISTERS=REGISTERS[GROUPS], num_warps=4,
+        STRIPE=STRIPE, STAGES=min(STAGES, stages), GROUPS=GROUPS, REGISTERS=REGISTERS[GROUPS], num_warps=4,
     )  # fmt: skip
 
 

@@ -229,10 +229,13 @@ def _triton_gemm(
     table = "fp8_gemm" if blocks else "fp8_gemm_wgrad"
     config = dict(_launch.config("fp8_gemm", table, _launch.arch(a), M=a.shape[0], N=b.shape[0], K=a.shape[1]))
     if "GROUPS" in config:
-        if blocks and not _launch.INTERPRETED and out.shape[1] * out.element_size() % 16 == 0:
-            from ._fp8_gemm_hopper import gemm  # Gluon, which is experimental: imported where it serves
+        if not _launch.INTERPRETED and (not blocks or out.shape[1] * out.element_size() % 16 == 0):
+            from ._fp8_gemm_hopper import gemm, gemm_wgrad  # Gluon, which is experimental: imported where it serves
 
-            gemm(a, a_scale, b, b_scale, out, **config)
+            if blocks:
+                gemm(a, a_scale, b, b_scale, out, **config)
+            else:
+                gemm_wgrad(a, a_scale, b, b_scale, out, add, **config)
             return
         config = dict(PLAIN)
     swap, tma, parts = (config.pop(name, 0) for name in ("SWAP", "TMA", "PARTS"))

@@ -38,7 +38,10 @@ WAYS = {
     "descriptors, swapped parts": ("sm_90", dict(TILE, TMA=True, SWAP=True, PARTS=2, BLOCK_P=64, BLOCK_Q=16, STAGES=2)),
 }
 if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):  # the interpreter cannot run it
-    WAYS |= {f"by hand, {n} groups": ("sm_90", dict(GROUPS=n, STAGES=4, STRIPE=2)) for n in (2, 3)}
+    WAYS |= {
+        f"by hand, {groups} groups, {pieces}": ("sm_90", dict(GROUPS=groups, PIECES=pieces, STAGES=4, STRIPE=2))
+        for groups, pieces in ((2, 1), (2, 2), (3, 1))
+    }
 
 
 @pytest.fixture(params=["torch", *WAYS])
@@ -51,7 +54,8 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         if torch.cuda.is_available() and torch.cuda.get_device_capability() < chip(arch):
             pytest.skip(f"the machine's GPU is older than {arch}")
         monkeypatch.setattr(_launch, "arch", lambda x: arch)
-        monkeypatch.setattr(_launch, "config", lambda *args, **shape: config)
+        wgrad = {k: v for k, v in config.items() if k != "PIECES"} | ({"GROUPS": 2} if "GROUPS" in config else {})
+        monkeypatch.setattr(_launch, "config", lambda room, table, *_, **shape: wgrad if "wgrad" in table else config)
     return name
 
 
@@ -257,12 +261,10 @@ def test_one_graph_under_compile(way: str, device: torch.device) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("groups", [2, 3])
-@pytest.mark.parametrize(
-    "shape", [(1, 16, 16), (128, 128, 128), (300, 520, 1000), (700, 1096, 2064), (2000, 3000, 7168)]
-)
+@pytest.mark.parametrize(("groups", "pieces"), [(2, 1), (2, 2), (3, 1)])
+@pytest.mark.parametrize("shape", [(1, 16, 16), (128, 128, 128), (300, 520, 1000), (2000, 3000, 7168)])
 def test_by_hand_sums_as_the_interpreted_kernel_does(
-    shape: tuple[int, int, int], groups: int, out_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int, int], groups: int, pieces: int, out_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Triton's interpreter cannot run the Hopper kernel. It takes the same products and sums in the same order as the
     one that the interpreter proves, so every number is the same, at every tail, in every run."""
@@ -272,8 +274,27 @@ def test_by_hand_sums_as_the_interpreted_kernel_does(
     a, a_scale = quantize_tiles(torch.randn(m, k, device="cuda"))
     b, b_scale = quantize_blocks(torch.randn(n, k, device="cuda"))
     results = []
-    for config in (PLAIN, *[dict(GROUPS=groups, STAGES=4, STRIPE=8)] * 3):
+    for config in (PLAIN, *[dict(GROUPS=groups, PIECES=pieces, STAGES=4, STRIPE=8)] * 3):
         monkeypatch.setattr(_launch, "config", lambda *_, config=config, **__: config)
         with poisoned_memory():
             results.append(fp8_gemm(a, a_scale, b, b_scale, out_dtype))
     assert not results[0].isnan().any() and all(torch.equal(r, results[0]) for r in results[1:])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1, 16, 16), (128, 128, 128), (300, 521, 1000), (2000, 3000, 7168)])
+def test_weight_gradient_by_hand_sums_as_the_interpreted_kernel_does(
+    shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written and added."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("for Hopper alone")
+    m, n, k = shape
+    operands = [x for rows in (m, n) for x in quantize_tiles(torch.randn(rows, k, device="cuda"))]
+    old, results = torch.randn(m, n, device="cuda"), []
+    for config in (PLAIN, *[dict(GROUPS=2, STAGES=6, STRIPE=8)] * 3):
+        monkeypatch.setattr(_launch, "config", lambda *_, config=config, **__: config)
+        with poisoned_memory():
+            results.append((fp8_gemm_wgrad(*operands), fp8_gemm_wgrad(*operands, out=old.clone())))
+    assert not results[0][0].isnan().any()
+    assert all(torch.equal(x, y) for again in results[1:] for x, y in zip(again, results[0], strict=True))
