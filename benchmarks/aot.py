@@ -192,6 +192,8 @@ def _compile(launch: Launch, room: str, arch: str) -> Compiled:
     config = {
         name: value for name, value in launch.kwargs.items() if name not in names or isinstance(value, int | bool)
     }
+    if "num_warps" in config:
+        config["num_warps"] = compiled.metadata.num_warps  # with those that warp specialisation adds
     return Compiled(
         room, launch.kernel.__name__, arch, launch.label, config, registers, spills, compiled.metadata.shared,
         dict(sorted(counts.items())), triton.__version__,
