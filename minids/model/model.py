@@ -14,7 +14,7 @@ from minids_kernels import linear_cross_entropy
 from torch import Tensor, nn
 
 from minids.config import ModelConfig
-from minids.device import queue_copy
+from minids.device import product_dtype, queue_copy
 from minids.model.block import Block
 from minids.model.moe import Experts, Gate, MoE, Routing, balance_loss, update_biases
 from minids.model.mtp import MTPBlock
@@ -133,8 +133,7 @@ class DeepseekV3(nn.Module):
     def _embedded(self, input_ids: Tensor) -> Tensor:
         """[T] -> [T, D] in the precision of products, under autocast too: what layers add up is kept in it."""
         x: Tensor = self.model.embed_tokens(input_ids)
-        kind = x.device.type
-        return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+        return x.to(product_dtype(x))
 
     def _hidden(self, batch: _Packed) -> tuple[Tensor, list[Routing]]:
         """Main model's normed hidden states [T, D] and its MoE layers' routing."""

@@ -16,24 +16,27 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from minids.config import ModelConfig
+from minids.device import product_dtype
 
 
 class _LinearBeside(torch.autograd.Function):
-    """x [T, K], weight [N, K] -> their product [T, N] in x's dtype, and x for its next reader, to whose gradient [T, K]
-    this one's is added in place, by the product that makes it: no pass over memory adds gradients up. Nobody else may
-    read x."""
+    """x [T, K], weight [N, K] -> their product [T, N], and x for its next reader, to whose gradient [T, K] this one's
+    is added in place, by the product that makes it where their dtypes allow: no pass over memory adds gradients up.
+    Nobody else may read x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.dtype, weight = weight.dtype, weight.to(x.dtype)
-        ctx.save_for_backward(x, weight)
-        return F.linear(x, weight), x.view_as(x)
+        ctx.dtype, dtype = weight.dtype, product_dtype(x)
+        rows, weight = x.to(dtype), weight.to(dtype)
+        ctx.save_for_backward(rows, weight)
+        return F.linear(rows, weight), x.view_as(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        return dx.addmm_(dy, weight), (dy.t() @ x).to(ctx.dtype)
+        rows, weight = ctx.saved_tensors
+        dx = dx.addmm_(dy, weight) if dx.dtype == dy.dtype else dx.add_(dy @ weight)
+        return dx, (dy.t() @ rows).to(ctx.dtype)
 
 
 class _GateLogits(torch.autograd.Function):

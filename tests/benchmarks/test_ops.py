@@ -18,7 +18,7 @@ from benchmarks.run import OPS
 CPU = torch.device("cpu")
 CONFIGS = Path(_launch.__file__).parent / "configs"
 OPTIONS = {"num_warps", "num_stages", "maxnreg"}
-VARIANTS = {"TMA", "SWAP", "PARTS", "STAGES"}  # products': which kernel is launched, and its pipeline
+VARIANTS = {"BY_HAND", "TMA", "SWAP", "PARTS", "STAGES"}  # which kernel is launched, and its pipeline
 
 
 def module(op: str) -> Any:

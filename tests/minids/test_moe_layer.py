@@ -144,6 +144,23 @@ def test_gate_is_fp32_under_autocast() -> None:
     assert got[2].dtype == torch.float32
 
 
+def test_tokens_in_fp32_under_autocast() -> None:
+    """Products in bf16 then, and a gradient in fp32: near the layer's without autocast, by bf16's 2^-9 a few times."""
+    moe = MoE(model_config(60))
+    for p in moe.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    results = []
+    for enabled in (False, True):
+        x = torch.linspace(-1, 1, 50 * 32).view(50, 32).sin().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = moe(x)[0]
+        out.float().square().sum().backward()
+        assert x.grad is not None and x.grad.dtype == torch.float32
+        results.append((out.float(), x.grad))
+    for exact, rough in zip(*results, strict=True):
+        assert (rough - exact).norm() < 2**-6 * exact.norm()
+
+
 def test_shared_experts_see_every_token() -> None:
     """With routed experts silenced, what is left is the shared experts' dense layer, of n_shared_experts widths."""
     moe = MoE(model_config(60, n_shared_experts=2))
