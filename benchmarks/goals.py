@@ -8,12 +8,12 @@ was not measured is neither met nor missed.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.protocol import OURS
+from benchmarks.protocol import OURS, Case
 
 Shape = Mapping[str, int]
 
@@ -36,6 +36,10 @@ class Goal:
     where: Callable[[Shape], bool] = lambda shape: True
     which: str = ""  # `where` in words
     device: str = "cuda"
+
+    def covers(self, op: str, case: str, shape: Shape, cold: bool) -> bool:
+        """Whether a case counts for it in a run that did (`cold`) or did not begin with empty caches."""
+        return (op, case) == (self.op, self.case) and self.where(shape) and (cold or self.of != "first_s")
 
 
 def _large(shape: Shape) -> bool:
@@ -155,9 +159,7 @@ def judge(
         values = []
         for (op, _), by_name in cases.items():
             ours = by_name.get(OURS)
-            if ours is None or op != goal.op or ours["case"] != goal.case or not goal.where(ours["shape"]):
-                continue
-            if goal.of == "first_s" and not cold:
+            if ours is None or not goal.covers(op, ours["case"], ours["shape"], cold):
                 continue
             worth = _value(goal, by_name)
             if worth is not None:
@@ -174,6 +176,20 @@ def judge(
             "bar": goal.bar, "aim": goal.aim, "met": None if value is None else value >= goal.bar,
         })  # fmt: skip
     return found
+
+
+def in_order(
+    cases: Iterable[tuple[str, Case]], device: str, cold: bool = False, goals: Sequence[Goal] = GOALS
+) -> list[tuple[str, Case]]:
+    """(op, case) pairs: the first case of each goal, then the second of each and so on, then what no goal covers. So a
+    run that ends early has measured something of as many goals as may be."""
+    seen: Counter[Goal] = Counter()
+    ranks = []
+    for op, case in cases:
+        covering = [goal for goal in goals if goal.device == device and goal.covers(op, case.name, case.shape, cold)]
+        ranks.append((min((seen[goal] for goal in covering), default=math.inf), (op, case)))
+        seen.update(covering)
+    return [pair for _, pair in sorted(ranks, key=lambda item: item[0])]
 
 
 def table(judged: Sequence[Mapping[str, Any]]) -> str:

@@ -9,9 +9,10 @@ buffer: reading, since lines left dirty by writing would be written back at the 
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,16 +108,27 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
 
 
-def measure(prepared: Mapping[str, Prepared], repeats: int, device: torch.device) -> dict[str, Timing]:
-    """Times all of them in turn, `repeats` rounds."""
-    rounds = _cuda_rounds if device.type == "cuda" else _cpu_rounds
-    seconds = rounds({name: p.replay for name, p in prepared.items()}, repeats)
+def measure(
+    prepared: Mapping[str, Prepared], repeats: int, device: torch.device, limit: float = math.inf
+) -> dict[str, Timing]:
+    """Times all of them in turn, `repeats` rounds, or as many as begin within `limit` seconds."""
+    measured = _cuda_rounds if device.type == "cuda" else _cpu_rounds
+    seconds = measured({name: p.replay for name, p in prepared.items()}, rounds(repeats, limit))
     return {name: summary(values, prepared[name].peak_bytes) for name, values in seconds.items()}
 
 
-def _cpu_rounds(replays: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+def rounds(repeats: int, limit: float) -> Iterator[int]:
+    """Counts to `repeats`, but not beyond the first number that `limit` seconds have passed at."""
+    end = time.monotonic() + limit
+    for index in range(repeats):
+        yield index
+        if time.monotonic() >= end:
+            return
+
+
+def _cpu_rounds(replays: Mapping[str, Callable[[], Any]], rounds: Iterable[int]) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in replays}
-    for _ in range(repeats):
+    for _ in rounds:
         for name, replay in replays.items():
             start = time.perf_counter()
             replay()
@@ -124,12 +136,12 @@ def _cpu_rounds(replays: Mapping[str, Callable[[], Any]], repeats: int) -> dict[
     return seconds
 
 
-def _cuda_rounds(replays: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+def _cuda_rounds(replays: Mapping[str, Callable[[], Any]], rounds: Iterable[int]) -> dict[str, list[float]]:
     l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     flush = torch.zeros(max(2**28, 4 * l2) // 4, device="cuda")
     seen = torch.empty((), device="cuda")
     seconds: dict[str, list[float]] = {name: [] for name in replays}
-    for _ in range(repeats):
+    for _ in rounds:
         pairs = {}
         for name, replay in replays.items():
             torch.sum(flush, dim=0, out=seen)  # takes long enough for the next three to be queued before it ends

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.goals import GOALS, Goal, judge, table
-from benchmarks.protocol import OURS
+import torch
+
+from benchmarks.goals import GOALS, Goal, in_order, judge, table
+from benchmarks.protocol import OURS, Case, Inputs
 
 
 def row(contestant: str, us: float, m: int, **more: Any) -> dict[str, Any]:
@@ -57,6 +59,21 @@ def test_what_was_not_measured_is_neither_met_nor_missed() -> None:
         found = only(goal)
         assert (found["value"], found["cases"], found["met"]) == (None, 0, None)
     assert judge(ROWS, "cpu", goals=[goal]) == []
+
+
+def test_cases_are_dealt_to_goals_in_turn_and_what_judges_none_comes_last() -> None:
+    def case(name: str, m: int) -> tuple[str, Case]:
+        return "gemm", Case(name, {"M": m}, torch.float32, lambda: Inputs(()), lambda inputs: None, {}, 0.0, 0)
+
+    goals = [
+        Goal(1, "gemm", "fwd", ("a",), 1, 1), Goal(2, "gemm", "bwd", ("a",), 1, 1),
+        Goal(3, "gemm", "fwd", (), 1, 1, of="tflops", where=lambda s: s["M"] > 2),
+        Goal(4, "gemm", "cold", ("a",), 1, 1, of="first_s"), Goal(5, "gemm", "cpu", ("a",), 1, 1, device="cpu"),
+    ]  # fmt: skip
+    listed = [case(*of) for of in (("cold", 1), ("cpu", 1), ("fwd", 1), ("fwd", 2), ("fwd", 3), ("bwd", 1), ("bwd", 2))]
+    for cold, want in ((False, "fwd 1 fwd 3 bwd 1 fwd 2 bwd 2 cold 1 cpu 1"), (True, "cold 1 fwd 1 fwd 3 bwd 1")):
+        found = " ".join(f"{case.name} {case.shape['M']}" for _, case in in_order(listed, "cuda", cold, goals))
+        assert found.startswith(want)
 
 
 def test_table_has_a_line_for_each_goal() -> None:

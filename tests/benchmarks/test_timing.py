@@ -1,4 +1,4 @@
-"""A captured call's replays give what the call gives, also when nobody else holds what it reads."""
+"""A captured call's replays give what the call gives, also when nobody else holds what it reads; rounds have an end."""
 
 from __future__ import annotations
 
@@ -22,3 +22,11 @@ def test_keeps_what_the_call_reads(name: str) -> None:
         call.replay()
         assert torch.equal(call.output(), torch.arange(4096.0, device=device) + 1)
     assert all(other.eq(-1).all() for other in others)
+
+
+def test_no_round_begins_after_the_limit() -> None:
+    calls: list[int] = []
+    call = timing.prepare(lambda: calls.append(1), torch.device("cpu"))
+    assert timing.measure({"it": call}, 5, torch.device("cpu"))["it"].repeats == 5
+    assert timing.measure({"it": call}, 5, torch.device("cpu"), limit=0)["it"].repeats == 1
+    assert len(calls) == timing.WARMUP + 6
