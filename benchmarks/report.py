@@ -18,9 +18,9 @@ from typing import Any
 
 from benchmarks import goals
 from benchmarks.protocol import OURS
-from benchmarks.run import RESULTS, ratios
+from benchmarks.run import RESULTS, ratios, read_result
 from minids.errors import InputError
-from minids.files import atomic_write, read_json
+from minids.files import atomic_write
 
 Row = Mapping[str, Any]
 
@@ -77,6 +77,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"Microseconds: median of {result['repeats']} (20th..80th percentile); ratios: a peer's median over ours.", "",
         goals.table(result["goals"]),
     ]  # fmt: skip
+    if left_out := result.get("left_out"):
+        text += [f"Not measured for want of time: {', '.join(left_out)}.", ""]
     for op in dict.fromkeys(row["op"] for row in rows):
         of_op = [row for row in rows if row["op"] == op]
         text += [f"## {op}", "", op_table(of_op), *(f"- {line}" for line in reasons(of_op)), ""]
@@ -110,9 +112,7 @@ def plot(rows: Sequence[Row], title: str) -> bytes | None:
 
 def write(file: Path, folder: Path) -> list[Path]:
     """The report on one result file; raises InputError if it is none."""
-    result = read_json(file)
-    if not isinstance(result, dict) or result.get("kind") != "kernels":
-        raise InputError(f"{file}: not a result of benchmarks.run")
+    result = read_result(file)
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / f"{file.stem}.md"]
     atomic_write(written[0], markdown(result))

@@ -1,12 +1,13 @@
 """Times the kernels beside their peers: every contestant is proven right first, then all are timed in turn.
 
     python -m benchmarks.run [--op rms_norm ...] [--peers eager liger ...] [--quick] [--cold] [--repeats 50]
-                             [--out FILE.json]
+                             [--limit 60] [--minutes 9] [--out FILE.json] [--resume]
 
 On a GPU where there is one (CUDA-graph replay, cold L2), else on the CPU. Writes
-benchmarks/results/<device>_<date>_<commit>.json, again after each op, so that a crash costs one op. Progress and the
-table of goals go to stderr; the last line of stdout is one JSON object with the ratios (a peer's median time over ours:
-above 1, ours is faster). Exit code 1 where ours was wrong or failed.
+benchmarks/results/<device>_<date>_<commit>.json, again after each case, so that a crash costs one case. First comes one
+case of each goal, over all ops, then another of each; those that no goal asks for come last. Progress and the table of
+goals go to stderr; the last line of stdout is one JSON object with the ratios (a peer's median time over ours: above 1,
+ours is faster). Exit code 1 where ours was wrong or failed, 2 where there is nothing to go on with.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import gc
 import importlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -26,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,9 @@ from minids_kernels import _launch
 
 from benchmarks import goals, timing
 from benchmarks.protocol import OURS, Absent, Case, Contestant, dtype_name, judge
-from minids.files import write_json
+from benchmarks.watch import TookTooLong, limit, say, shown
+from minids.errors import InputError
+from minids.files import read_json, write_json
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -47,10 +51,6 @@ OPS = tuple(sorted(path.stem for path in (ROOT / "benchmarks" / "ops").glob("[a-
 SMI = "driver_version,power.limit,clocks.max.sm,clocks.max.mem"  # what a figure depends on beside the chip
 CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "DG_JIT_CACHE_DIR")  # where compilers keep what they made
 PACKAGES = ("torch", "triton", "minids", "sgl-deep-gemm", "apache-tvm-ffi", "torchao", "liger-kernel", "fla-core")
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def version(package: str) -> str | None:
@@ -106,20 +106,27 @@ def absence(contestant: Contestant, device: torch.device) -> str:
 
 
 class Contest:
-    """One case: its inputs and reference are made, every contestant is bound, checked and warmed up, then timed."""
+    """One case: its inputs and reference are made, every contestant is bound, checked and warmed up, then timed. Who
+    was cut off is added to `slow`; those in it are not tried, but for ours."""
 
-    def __init__(self, op: str, case: Case, device: torch.device, peers: Sequence[str] | None) -> None:
-        self.op, self.case, self.device = op, case, device
-        self.rows: dict[str, dict[str, Any]] = {}
+    def __init__(self, op: str, case: Case, device: torch.device, options: argparse.Namespace, slow: set[str]) -> None:
+        self.op, self.case, self.device, self.options, self.slow = op, case, device, options, slow
+        chosen = {n: c for n, c in case.contestants.items() if n == OURS or options.peers is None or n in options.peers}
+        self.rows = {name: self._row(name, contestant) for name, contestant in chosen.items()}
         self.prepared: dict[str, timing.Prepared] = {}
         torch._dynamo.reset()  # compiled contestants of earlier cases share code objects with this one's
         torch.manual_seed(0)
-        self.inputs = case.make()
-        self.want = case.reference(self.inputs)
-        for name, contestant in case.contestants.items():
-            if name == OURS or peers is None or name in peers:
-                self.rows[name] = self._row(name, contestant)
-                self._enter(name, contestant)
+        try:
+            with shown("reference"), limit(options.limit):
+                self.inputs = case.make()
+                self.want = case.reference(self.inputs)
+                self._wait()
+        except (Exception, TookTooLong) as error:
+            for row in self.rows.values():
+                row.update(status="failed", reason=f"no reference: {timing.first_line(error)}")
+            return
+        for name, contestant in chosen.items():
+            self._enter(name, contestant)
 
     def _row(self, name: str, contestant: Contestant) -> dict[str, Any]:
         case = self.case
@@ -133,27 +140,42 @@ class Contest:
             "version": version(contestant.package), "status": "", **columns,
         }  # fmt: skip
 
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
     def _enter(self, name: str, contestant: Contestant) -> None:
         row = self.rows[name]
         reason = absence(contestant, self.device)
         if reason:
             row.update(status="absent", reason=reason)
             return
+        if name in self.slow and name != OURS:
+            row.update(status="failed", reason="took too long in an earlier case")
+            return
         try:
-            start = time.perf_counter()
-            run = contestant.bind(self.inputs)
-            output = run()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-            row["first_s"] = round(time.perf_counter() - start, 4)
-            self._check(row, contestant, output)
-            if row["status"] != "wrong":
-                self.prepared[name] = timing.prepare(run, self.device)
-                row["events"] = self.prepared[name].events
+            with shown(name), limit(self.options.limit):
+                self._warm_up(name, contestant)
         except Absent as absent:
             row.update(status="absent", reason=str(absent))
+        except TookTooLong as late:
+            self.slow.add(name)
+            row.update(status="failed", reason=f"{'first call' if row['first_s'] is None else 'warm-up'} {late}")
         except Exception as error:  # a peer that breaks must not cost the others their measurement
             row.update(status="failed", reason=timing.first_line(error))
+
+    def _warm_up(self, name: str, contestant: Contestant) -> None:
+        row = self.rows[name]
+        self._wait()
+        start = time.perf_counter()
+        run = contestant.bind(self.inputs)
+        output = run()
+        self._wait()
+        row["first_s"] = round(time.perf_counter() - start, 4)
+        self._check(row, contestant, output)
+        if row["status"] != "wrong":
+            self.prepared[name] = timing.prepare(run, self.device)
+            row["events"] = self.prepared[name].events
 
     def _check(self, row: dict[str, Any], contestant: Contestant, output: Any) -> None:
         verdict = judge(contestant.read(output), self.want, self.case.tolerance)
@@ -161,9 +183,10 @@ class Contest:
         if verdict.reason:
             row.update(status="wrong", reason=verdict.reason)
 
-    def measure(self, repeats: int, ceilings: Mapping[str, float]) -> list[dict[str, Any]]:
+    def measure(self, ceilings: Mapping[str, float]) -> list[dict[str, Any]]:
         """Times those that are right, and looks once more at what the last timed call gave."""
-        timings = timing.measure(self.prepared, repeats, self.device)
+        with shown("timing"):
+            timings = timing.measure(self.prepared, self.options.repeats, self.device, self.options.limit)
         for name, t in timings.items():
             row = self.rows[name]
             self._check(row, self.case.contestants[name], self.prepared[name].output())
@@ -185,12 +208,14 @@ class Contest:
 
 
 def run_case(
-    op: str, case: Case, device: torch.device, repeats: int, ceilings: Mapping[str, float], peers: Sequence[str] | None
+    op: str, case: Case, device: torch.device, options: argparse.Namespace, slow: set[str], best: Mapping[str, float]
 ) -> list[dict[str, Any]]:
     """One row a contestant: its status is "timed", "wrong", "absent" or "failed"."""
+    say(f"{op} {case.label}", end="")
     # a compiled forward may not give its buffers to the backward, which "bwd" runs many times
     with timing.side_stream(device), torch._functorch.config.patch(donated_buffer=False):
-        rows = Contest(op, case, device, peers).measure(repeats, ceilings)
+        rows = Contest(op, case, device, options, slow).measure(best)
+    say(lines(rows))
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -211,8 +236,8 @@ def ratios(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def lines(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A case's rows for reading along."""
-    text = [f"{rows[0]['op']} {rows[0]['label']}"]
+    """A case's rows for reading along, below the line it was begun with."""
+    text = [""]
     for row in rows:
         if row["status"] == "timed":
             rate = f"{row['tflops']:.1f} TFLOP/s" if row["tflops"] else f"{row['gbps']:.0f} GB/s"
@@ -229,28 +254,60 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def run_ops(options: argparse.Namespace, device: torch.device, command: Sequence[str]) -> dict[str, Any]:
-    """Runs all cases of all ops, writes the result to `options.out` after each op, and returns it."""
-    repeats = options.repeats
-    about = describe(device)
-    with timing.side_stream(device):
-        ceilings = timing.ceilings(device, repeats)
-    say(f"{about['name']}: " + ", ".join(f"{name} {value:.4g}" for name, value in ceilings.items()))
-    rows: list[dict[str, Any]] = []
+def read_result(file: Path) -> dict[str, Any]:
+    """What an earlier run wrote; raises InputError if it is none."""
+    result = read_json(file)
+    if not isinstance(result, dict) or result.get("kind") != "kernels":
+        raise InputError(f"{file}: not a result of benchmarks.run")
+    return result
+
+
+def begin(options: argparse.Namespace, device: torch.device, command: Sequence[str]) -> dict[str, Any]:
+    """A result without rows; or, to go on with, that in `options.out`, whose ceilings stay. Raises InputError where it
+    was measured under other conditions."""
     result: dict[str, Any] = {
-        "kind": "kernels", "date": datetime.date.today().isoformat(), "device": about, "commit": commit(),
-        "command": shlex.join(command), "repeats": repeats, "cold": options.cold,
+        "kind": "kernels", "date": datetime.date.today().isoformat(), "device": describe(device), "commit": commit(),
+        "command": shlex.join(command), "repeats": options.repeats, "cold": options.cold,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "ceilings": ceilings, "rows": rows, "goals": [],
+        "ceilings": {}, "rows": [], "goals": [], "left_out": [],
     }  # fmt: skip
-    for op in options.op:
-        module = importlib.import_module(f"benchmarks.ops.{op}")
-        for case in module.cases(device, options.quick):
-            found = run_case(op, case, device, repeats, ceilings, options.peers)
-            say(lines(found))
-            rows += found
+    if options.resume and options.out.exists():
+        earlier = read_result(options.out)
+        for name in ("device", "commit", "repeats", "cold", "versions"):
+            if earlier[name] != result[name]:
+                raise InputError(f"{options.out}: {name} was {earlier[name]}, now it is {result[name]}")
+        return {**earlier, "command": f"{earlier['command']}; {result['command']}"}
+    with timing.side_stream(device):
+        result["ceilings"] = timing.ceilings(device, options.repeats)
+    return result
+
+
+def run_ops(options: argparse.Namespace, device: torch.device, command: Sequence[str]) -> dict[str, Any]:
+    """Runs the cases of all ops that are not in the result yet, writes it to `options.out` after each, and returns it.
+    Its rows are in the order in which ops list their cases; `left_out` names those that time did not suffice for."""
+    end = time.monotonic() + 60 * options.minutes
+    result = begin(options, device, command)
+    rows, ceilings = result["rows"], result["ceilings"]
+    say(f"{result['device']['name']}: " + ", ".join(f"{name} {value:.4g}" for name, value in ceilings.items()))
+    modules = {op: importlib.import_module(f"benchmarks.ops.{op}") for op in options.op}
+    cases = [(op, case) for op, module in modules.items() for case in module.cases(device, options.quick)]
+    place = {(op, case.label): index for index, (op, case) in enumerate(cases)}
+    there = {(row["op"], row["label"]) for row in rows}
+    ordered = goals.in_order(cases, device.type, options.cold)
+    left = [(op, case) for op, case in ordered if (op, case.label) not in there]
+    slow: dict[str, set[str]] = defaultdict(set)
+
+    def save() -> None:
+        rows.sort(key=lambda row: place.get((row["op"], row["label"]), -1))
         result["goals"] = goals.judge(rows, device.type, options.cold)
+        result["left_out"] = [f"{op} {case.label}" for op, case in left]
         write_json(options.out, result)
+
+    save()
+    while left and time.monotonic() < end:
+        op, case = left.pop(0)
+        rows += run_case(op, case, device, options, slow[op], ceilings)
+        save()
     return result
 
 
@@ -261,7 +318,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="one small set of cases an op, 10 repeats")
     parser.add_argument("--cold", action="store_true", help="compile everything anew, for the column first_s")
     parser.add_argument("--repeats", type=int, help="timed calls of each contestant (default: 50)")
+    parser.add_argument(
+        "--limit", type=float, default=60, metavar="SECONDS",
+        help="for a contestant's binding, first call and warm-up, and for a case's timed rounds (default: 60)",
+    )  # fmt: skip
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no further case after them")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<device>_<date>_<commit>.json")
+    parser.add_argument("--resume", action="store_true", help="go on with the cases that are not in that file yet")
     options = parser.parse_args(arguments)
     options.repeats = options.repeats or (10 if options.quick else 50)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -271,18 +334,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as empty:
         caches = dict.fromkeys(CACHES, empty) if options.cold else {}
         with mock.patch.dict(os.environ, caches):
-            result = run_ops(options, device, command)
+            try:
+                result = run_ops(options, device, command)
+            except InputError as error:
+                say(str(error))
+                return 2
     say(goals.table(result["goals"]))
     bad = [
         f"{row['op']} {row['label']}: {row['reason']}"
         for row in result["rows"]
         if row["contestant"] == OURS and row["status"] != "timed"
     ]
+    if result["left_out"]:
+        count = Counter(name.split()[0] for name in result["left_out"])
+        say(f"cases left out, by name in {options.out}: " + ", ".join(f"{op} {n}" for op, n in count.items()))
     summary = {
         "file": str(options.out),
         "ratios": ratios(result["rows"]),
         "goals": [goal for goal in result["goals"] if goal["cases"]],
         "ours_wrong_or_failed": bad,
+        "left_out": len(result["left_out"]),
     }
     print(json.dumps(summary))
     return 1 if bad else 0

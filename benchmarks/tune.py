@@ -33,7 +33,8 @@ from minids_kernels import _launch
 
 from benchmarks import aot, timing
 from benchmarks.protocol import Run, Tuning, judge
-from benchmarks.run import OPS, arch, say
+from benchmarks.run import OPS, arch
+from benchmarks.watch import say
 from minids.files import atomic_write, read_json, write_json
 
 CONFIGS = Path(_launch.__file__).parent / "configs"

@@ -45,6 +45,13 @@ def test_writes_a_table_and_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture
     assert written[1].read_bytes().startswith(b"\x89PNG")
 
 
+def test_names_what_was_left_out(tmp_path: Path) -> None:
+    file = tmp_path / "chip.json"
+    file.write_text(json.dumps({**RESULT, "rows": [], "left_out": ["rms_norm fwd M=9", "moe fwd M=9"]}))
+    (written,) = report.write(file, tmp_path)
+    assert "Not measured for want of time: rms_norm fwd M=9, moe fwd M=9." in written.read_text()
+
+
 def test_no_plot_without_a_peer(tmp_path: Path) -> None:
     file = tmp_path / "chip.json"
     file.write_text(json.dumps({**RESULT, "rows": RESULT["rows"][:1]}))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,9 +47,15 @@ def timed(fn: Callable[..., Any], mode: str = "fwd", **settings: Any) -> Contest
     return Contestant(calls(fn, mode), **settings)
 
 
-def rows_of(contestants: Mapping[str, Contestant], peers: list[str] | None = None) -> dict[str, dict[str, Any]]:
+def rows_of(
+    contestants: Mapping[str, Contestant],
+    peers: list[str] | None = None,
+    limit: float = 60,
+    slow: set[str] | None = None,
+) -> dict[str, dict[str, Any]]:
     case = fake_case({OURS: timed(square), **contestants})
-    rows = run.run_case("fake", case, CPU, 5, CEILINGS, peers)
+    options = argparse.Namespace(repeats=5, peers=peers, limit=limit)
+    rows = run.run_case("fake", case, CPU, options, set() if slow is None else slow, CEILINGS)
     return {row["contestant"]: row for row in rows}
 
 
@@ -94,6 +103,63 @@ def test_one_that_raises_fails_alone() -> None:
     rows = rows_of({"peer": timed(breaks)})
     assert rows["peer"]["status"] == "failed" and rows["peer"]["reason"] == "RuntimeError: no kernel image"
     assert rows[OURS]["status"] == "timed"
+
+
+def sleeps(x: Tensor) -> Tensor:
+    """As a tuner does that tries one candidate after the other and forgives each."""
+    for _ in range(2000):
+        try:
+            time.sleep(0.01)
+        except Exception:
+            continue
+    return x * x
+
+
+def test_one_that_takes_too_long_is_cut_off_and_not_tried_again(capfd: pytest.CaptureFixture[str]) -> None:
+    slow: set[str] = set()
+    first, second = (rows_of({"tuner": timed(sleeps), "eager": timed(square)}, None, 0.1, slow) for _ in range(2))
+    assert [rows["tuner"]["status"] for rows in (first, second)] == ["failed", "failed"]
+    assert first["tuner"]["reason"] == "first call took longer than 0.1 s"
+    assert second["tuner"]["reason"] == "took too long in an earlier case"
+    assert all(rows[name]["status"] == "timed" for rows in (first, second) for name in (OURS, "eager"))
+    begun = [line for line in capfd.readouterr().err.splitlines() if line.startswith("fake fwd M=8 N=4 float32 | ref")]
+    assert ["| tuner 0.1 s | eager 0.0 s | timing" in line for line in begun] == [True, False]
+
+
+def test_ours_is_cut_off_too_and_tried_again() -> None:
+    slow: set[str] = set()
+    for _ in range(2):
+        rows = rows_of({OURS: timed(sleeps), "eager": timed(square)}, None, 0.1, slow)
+        assert rows[OURS]["reason"] == "first call took longer than 0.1 s" and rows["eager"]["status"] == "timed"
+
+
+def test_warm_up_counts() -> None:
+    count = []
+
+    def stalls(x: Tensor) -> Tensor:
+        count.append(1)
+        return x * x if len(count) == 1 else sleeps(x)
+
+    row = rows_of({"peer": timed(stalls)}, limit=0.1)["peer"]
+    assert (row["status"], row["reason"]) == ("failed", "warm-up took longer than 0.1 s") and row["first_s"] < 0.1
+
+
+def test_a_compiler_is_cut_off() -> None:
+    def backend(module: Any, inputs: Any) -> Any:
+        return sleeps(torch.ones(1))
+
+    rows = rows_of({"compile": timed(torch.compile(square, backend=backend)), "eager": timed(square)}, limit=1)
+    assert rows["compile"]["reason"] == "first call took longer than 1 s" and rows["eager"]["status"] == "timed"
+
+
+def test_without_a_reference_all_fail() -> None:
+    def breaks(inputs: Inputs) -> Tensor:
+        raise torch.OutOfMemoryError("no memory")
+
+    case = dataclasses.replace(fake_case({OURS: timed(square), "eager": timed(square)}), reference=breaks)
+    rows = run.run_case("fake", case, CPU, argparse.Namespace(repeats=5, peers=None, limit=60), set(), CEILINGS)
+    assert [row["status"] for row in rows] == ["failed", "failed"]
+    assert rows[0]["reason"] == "no reference: OutOfMemoryError: no memory"
 
 
 def test_absent_ones_say_why() -> None:
@@ -169,12 +235,92 @@ def test_the_command_on_rms_norm(tmp_path: Path, capsys: pytest.CaptureFixture[s
     result = json.loads(out.read_text())
     assert result["kind"] == "kernels" and result["repeats"] == 3 and result["command"].endswith(command)
     assert result["device"]["arch"] == "cpu" and result["versions"]["torch"] == torch.__version__
-    assert set(result) == set("kind date device commit command versions repeats cold ceilings rows goals".split())
+    assert set(result) == set(
+        "kind date device commit command versions repeats cold ceilings rows goals left_out".split()
+    )
     assert {row["contestant"] for row in result["rows"]} == {OURS, "eager", "F.rms_norm", "liger"}
     for row in result["rows"]:
         assert all(isinstance(row[name], kind) for name, kind in ROW.items() if name != "version"), row
         assert row["status"] == ("absent" if row["contestant"] == "liger" else "timed")
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]  # nothing temporary is left
+
+
+@pytest.fixture
+def three_cases(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """rms_norm's, in place of its own; the last one judges a goal of the CPU."""
+    import benchmarks.ops.rms_norm as op
+
+    contestants = {OURS: timed(square), "eager": timed(square)}
+    shapes: list[tuple[str, dict[str, int]]] = [
+        ("fwd", {"M": 8, "N": 4}), ("bwd", {"M": 8, "N": 4}), ("fwd+bwd", {"M": 4096, "N": 1024}),
+    ]  # fmt: skip
+    cases = [dataclasses.replace(fake_case(contestants), name=name, shape=shape) for name, shape in shapes]
+    monkeypatch.setattr(op, "cases", lambda device, quick: cases)
+    return [case.label for case in cases]
+
+
+def command(out: Path, *more: str) -> list[str]:
+    return ["--op", "rms_norm", "--repeats", "2", "--out", str(out), *more]
+
+
+def test_what_judges_a_goal_comes_first_and_rows_stay_as_listed(
+    three_cases: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run.main(command(tmp_path / "r.json")) == 0
+    begun = [line.split(" | ")[0] for line in capfd.readouterr().err.splitlines() if line.startswith("rms_norm")]
+    assert begun == [f"rms_norm {three_cases[i]}" for i in (2, 0, 1)]
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert [row["label"] for row in rows] == [label for label in three_cases for _ in range(2)]
+
+
+def test_after_its_minutes_no_case_is_begun(
+    three_cases: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run.main(command(tmp_path / "r.json", "--minutes", "1e-9")) == 0
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["rows"] == [] and result["left_out"] == [f"rms_norm {three_cases[i]}" for i in (2, 0, 1)]
+    captured = capfd.readouterr()
+    assert json.loads(captured.out)["left_out"] == 3 and "left out" in captured.err and "rms_norm 3" in captured.err
+
+
+def test_a_run_that_was_cut_off_is_gone_on_with(
+    three_cases: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, run_case, seen = tmp_path / "r.json", run.run_case, []
+
+    def dies_at_the_second(op: str, case: Case, *rest: Any) -> Any:
+        seen.append(case.label)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return run_case(op, case, *rest)
+
+    monkeypatch.setattr(run, "run_case", dies_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        run.main(command(out, "--resume"))
+    first = json.loads(out.read_text())
+    assert {row["label"] for row in first["rows"]} == {three_cases[2]}
+    assert first["left_out"] == [f"rms_norm {label}" for label in three_cases[:2]]
+    assert run.main(command(out, "--resume")) == 0
+    result = json.loads(out.read_text())
+    assert seen == [three_cases[i] for i in (2, 0, 0, 1)] and result["left_out"] == []
+    assert result["rows"][4:] == first["rows"] and len(result["rows"]) == 6
+    assert result["ceilings"] == first["ceilings"] and result["command"].count("benchmarks.run") == 2
+
+
+def test_only_a_result_of_the_same_conditions_is_gone_on_with(
+    three_cases: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "r.json"
+    assert run.main(command(out, "--minutes", "1e-9")) == 0
+    before = out.read_text()
+    assert run.main([*command(out, "--resume"), "--repeats", "3"]) == 2
+    assert "repeats was 2, now it is 3" in capfd.readouterr().err
+    monkeypatch.setattr(run, "commit", lambda: "another")
+    assert run.main(command(out, "--resume")) == 2
+    assert "now it is another" in capfd.readouterr().err and out.read_text() == before
+    out.write_text("{}")
+    assert run.main(command(out, "--resume")) == 2
+    assert "not a result of benchmarks.run" in capfd.readouterr().err
 
 
 def test_exit_code_says_that_ours_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
