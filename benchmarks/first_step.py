@@ -3,7 +3,7 @@
     python -m benchmarks.first_step [the options of benchmarks.train that set the model and the batch]
 
 Two processes one after the other: the first with empty caches of the compilers, the second with what that one left
-there. Prints one JSON object: for each its seconds in all, and how they were spent.
+there. Prints one JSON object: for each its seconds in all, and how they were spent; on stderr when each has ended.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name in ("cold", "warm"):
             child = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
             found[name] = json.loads(child.stdout)
+            print(f"{name}: {child.stdout}", end="", file=sys.stderr, flush=True)
     print(json.dumps(found))
 
 

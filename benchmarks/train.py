@@ -9,7 +9,8 @@ sides start from the same weights and see the same batches, which lie on the CPU
 anything is timed. Warm-up runs each side in every precision; only its fastest goes on to the timed rounds, so that
 nobody's caches are cleared by what does not count. On a GPU our forward and backward are one CUDA graph from the second
 step on, as in `minids pretrain`. Times are by the clock, on a GPU from an idle device to an idle
-device. Prints one JSON object with tokens/s (medians; of the warm-up the fastest step) and the ratio.
+device. Prints one JSON object with tokens/s (medians; of the warm-up the fastest step) and the ratio. --out is written
+after each round, so that a run that is cut off leaves the rounds it had; each step's seconds go to stderr.
 
 On a GPU the object also has, by side, the seconds of the first step (compilers included; caches of earlier runs count)
 and the peak of memory, as if the side were alone; the ratio to each side; `moe_to_dense`, our step's time over that of
@@ -28,7 +29,6 @@ import importlib.metadata
 import json
 import os
 import statistics
-import sys
 import time
 import warnings
 from collections import Counter
@@ -43,6 +43,7 @@ from benchmarks import timing
 from benchmarks.cases import MINI
 from benchmarks.flops import active_ffn_width, training_flops_per_token
 from benchmarks.peers import autocast_experts, transformers_model
+from benchmarks.watch import say, shown
 from minids.config import PRESETS, ModelConfig, TrainConfig, preset
 from minids.device import queue_copy
 from minids.files import write_json
@@ -179,18 +180,27 @@ def contestants(config: ModelConfig, device: torch.device, names: Sequence[str],
         ]
 
 
-def run(sides: Sequence[Side], batches: torch.Tensor, label: str) -> dict[str, str]:
-    """A step of each side on each batch in turn -> why sides broke, which are left out from there on."""
+def run(
+    sides: Sequence[Side],
+    batches: torch.Tensor,
+    label: str,
+    save: Callable[[dict[str, str]], None] = lambda failed: None,
+) -> dict[str, str]:
+    """A step of each side on each batch in turn -> why sides broke, which are left out from there on. `save` gets
+    that after each batch."""
     failed: dict[str, str] = {}
     for index, batch in enumerate(batches):
+        say(f"{label} {index + 1} of {len(batches)}", end="")
         for side in sides:
             if side.name not in failed:
                 try:
-                    side.step(batch)
+                    with shown(side.name):
+                        side.step(batch)
                 except Exception as error:
                     failed[side.name] = timing.first_line(error)
                     side.optimizer.zero_grad()
-        print(f"{label} {index + 1} of {len(batches)}", file=sys.stderr, flush=True)
+        say("")
+        save(failed)
     return failed
 
 
@@ -293,7 +303,7 @@ def parse(arguments: Sequence[str] | None, device: torch.device) -> argparse.Nam
     parser.add_argument("--length", type=int, default=2048 if gpu else 256, help="tokens of each")
     parser.add_argument("--sides", nargs="*", choices=(DENSE, *PEERS, *COMPILED), help="only these beside ours")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="GPU time by kernel of a step of ours, as JSON")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also writes what is printed")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="what is printed, after each round")
     options = parser.parse_args(arguments)
     for name in ("rounds", "warmup", "batch", "length"):
         if getattr(options, name) < 1:
@@ -304,6 +314,36 @@ def parse(arguments: Sequence[str] | None, device: torch.device) -> argparse.Nam
         options.sides = [*((DENSE,) if gpu else ()), *PEERS, *(COMPILED if options.compile else ())]
     options.config = preset(options.preset, num_nextn_predict_layers=0) if options.preset else MINI
     return options
+
+
+def report(
+    options: argparse.Namespace,
+    sides: Sequence[Side],
+    warm: Mapping[str, int],
+    failed: Mapping[str, str],
+    matmul_tflops: float,
+) -> dict[str, Any]:
+    """What the rounds so far say. Ours is the first of `sides`."""
+    warmup = options.warmup
+    speed = {side.name: side.tokens_per_second(warmup) for side in sides}
+    parameters = sum(p.numel() for p in sides[0].model.parameters())
+    found: dict[str, Any] = {
+        "what": f"training step, {options.batch} x {options.length} tokens, {parameters} parameters",
+        "threads": torch.get_num_threads(),
+        "versions": {"torch": torch.__version__, "transformers": importlib.metadata.version("transformers")},
+        "warm_up_tokens_per_second": warm,
+        "rounds": len(sides[0].seconds) - warmup,
+        "tokens_per_second": {name: round(value) for name, value in speed.items()},
+    }
+    for name, group in (("ratio", PEERS), ("ratio_to_compiled", COMPILED)):
+        if theirs := [speed[side.name] for side in sides if side.peer in group]:
+            found[name] = round(speed[sides[0].name] / max(theirs), 3)
+    if (device := sides[0].device).type == "cuda":
+        found["device"] = torch.cuda.get_device_name(device)
+        found |= gpu_report(sides, warmup, training_flops_per_token(options.config, options.length), matmul_tflops)
+    if failed:
+        found["failed"] = failed
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -321,28 +361,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_losses(sides)
     warm = {side.name: round(side.fastest()) for side in sides}
     sides = [max((s for s in sides if s.peer == peer), key=Side.fastest) for peer in {s.peer: None for s in sides}]
-    failed |= run(sides, batches[warmup:], "round")
-    sides = survivors(sides, failed)
-    speed = {side.name: side.tokens_per_second(warmup) for side in sides}
-    parameters = sum(p.numel() for p in sides[0].model.parameters())
-    report: dict[str, Any] = {
-        "what": f"training step, {options.batch} x {options.length} tokens, {parameters} parameters",
-        "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__, "transformers": importlib.metadata.version("transformers")},
-        "warm_up_tokens_per_second": warm,
-        "tokens_per_second": {name: round(value) for name, value in speed.items()},
-    }
-    for name, group in (("ratio", PEERS), ("ratio_to_compiled", COMPILED)):
-        if theirs := [speed[side.name] for side in sides if side.peer in group]:
-            report[name] = round(speed[sides[0].name] / max(theirs), 3)
-    if device.type == "cuda":
-        report["device"] = torch.cuda.get_device_name(device)
-        report |= gpu_report(sides, warmup, training_flops_per_token(config, options.length), matmul_tflops)
-    if failed:
-        report["failed"] = failed
-    if options.out:
-        write_json(options.out, report)
-    print(json.dumps(report))
+
+    def found(now: dict[str, str]) -> dict[str, Any]:
+        return report(options, survivors(sides, now), warm, failed | now, matmul_tflops)
+
+    def save(now: dict[str, str]) -> None:
+        if options.out:
+            write_json(options.out, found(now))
+
+    print(json.dumps(found(run(sides, batches[warmup:], "round", save))))
     if options.profile:
         write_json(options.profile, profile(sides[0], batches[-1], warmup))
 

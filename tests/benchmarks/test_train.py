@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -123,6 +124,30 @@ def test_a_side_that_breaks_costs_the_others_nothing() -> None:
         train.survivors([peer, ours], failed)
 
 
+def test_a_run_that_is_cut_off_leaves_its_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    steps: list[str] = []
+    step = train.Side.step
+
+    def cut_off(side: train.Side, batch: torch.Tensor) -> None:
+        steps.append(side.name)
+        if len(steps) == 2 + 2 + 2 + 1:  # two sides: a warm-up, two rounds, and ours once more
+            raise KeyboardInterrupt
+        step(side, batch)
+
+    monkeypatch.setattr(train, "MINI", TINY)
+    monkeypatch.setattr(train, "pick_device", lambda name: CPU)
+    monkeypatch.setattr(train.Side, "step", cut_off)
+    sizes = "--rounds 3 --warmup 1 --batch 1 --length 8 --dtypes fp32".split()
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*sizes, "--sides", "transformers eager", "--out", str(tmp_path / "train.json")])
+    left = json.loads((tmp_path / "train.json").read_text())
+    assert left["rounds"] == 2 and left["ratio"] > 0 and set(left["tokens_per_second"]) == set(steps)
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0].startswith("warm-up 1 of 1 | minids fp32 ") and " s | transformers eager fp32 " in lines[0]
+
+
 def test_report_of_a_gpu() -> None:
     sides = []
     for name, seconds in (("minids", 0.5), ("minids dense", 0.4), ("transformers eager", 2.0)):
@@ -151,5 +176,7 @@ def test_kernels_by_time() -> None:
 
 def test_first_step(capsys: pytest.CaptureFixture[str]) -> None:
     first_step.main(["--batch", "1", "--length", "16"])
-    found = json.loads(capsys.readouterr().out)
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert [line.split(":")[0] for line in captured.err.splitlines()] == ["cold", "warm"]
     assert found["cold"]["step"] > 0 and found["warm"]["seconds"] > found["warm"]["import"] > 0
