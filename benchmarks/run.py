@@ -50,6 +50,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 OPS = tuple(sorted(path.stem for path in (ROOT / "benchmarks" / "ops").glob("[a-z]*.py")))
 SMI = "driver_version,power.limit,clocks.max.sm,clocks.max.mem"  # what a figure depends on beside the chip
 CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "DG_JIT_CACHE_DIR")  # where compilers keep what they made
+UNTUNED = ("UNSLOTH_MOE_DISABLE_AUTOTUNE", "LIGER_FUSED_MOE_AUTOTUNE")  # peers' own switches: named with the command
 PACKAGES = ("torch", "triton", "minids", "sgl-deep-gemm", "apache-tvm-ffi", "torchao", "liger-kernel", "fla-core")
 
 
@@ -330,7 +331,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stem = f"{slug(device.type + ' ' + describe(device)['name'])}_{datetime.date.today().isoformat()}_{commit()}"
     options.out = options.out or RESULTS / f"{stem}.json"
-    command = ["python", "-m", "benchmarks.run", *(sys.argv[1:] if arguments is None else arguments)]
+    switches = [f"{name}={os.environ[name]}" for name in UNTUNED if name in os.environ]
+    command = [*switches, "python", "-m", "benchmarks.run", *(sys.argv[1:] if arguments is None else arguments)]
     with tempfile.TemporaryDirectory() as empty:
         caches = dict.fromkeys(CACHES, empty) if options.cold else {}
         with mock.patch.dict(os.environ, caches):

@@ -274,11 +274,13 @@ def test_what_judges_a_goal_comes_first_and_rows_stay_as_listed(
 
 
 def test_after_its_minutes_no_case_is_begun(
-    three_cases: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    three_cases: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("LIGER_FUSED_MOE_AUTOTUNE", "0")
     assert run.main(command(tmp_path / "r.json", "--minutes", "1e-9")) == 0
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["rows"] == [] and result["left_out"] == [f"rms_norm {three_cases[i]}" for i in (2, 0, 1)]
+    assert result["command"].startswith("LIGER_FUSED_MOE_AUTOTUNE=0 python -m benchmarks.run --op")
     captured = capfd.readouterr()
     assert json.loads(captured.out)["left_out"] == 3 and "left out" in captured.err and "rms_norm 3" in captured.err
 
