@@ -32,8 +32,9 @@ import torch
 from minids_kernels import _launch
 
 from benchmarks import aot, timing
+from benchmarks.contest import arch
 from benchmarks.protocol import Run, Tuning, judge
-from benchmarks.run import OPS, arch
+from benchmarks.run import OPS
 from benchmarks.watch import say
 from minids.files import atomic_write, read_json, write_json
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import run, timing
+from benchmarks.contest import run_case
 from benchmarks.protocol import OURS, Absent, Case, Contestant, Inputs, calls, exact, judge
 
 CPU = torch.device("cpu")
@@ -55,7 +56,7 @@ def rows_of(
 ) -> dict[str, dict[str, Any]]:
     case = fake_case({OURS: timed(square), **contestants})
     options = argparse.Namespace(repeats=5, peers=peers, limit=limit)
-    rows = run.run_case("fake", case, CPU, options, set() if slow is None else slow, CEILINGS)
+    rows = run_case("fake", case, CPU, options, set() if slow is None else slow, CEILINGS)
     return {row["contestant"]: row for row in rows}
 
 
@@ -157,7 +158,7 @@ def test_without_a_reference_all_fail() -> None:
         raise torch.OutOfMemoryError("no memory")
 
     case = dataclasses.replace(fake_case({OURS: timed(square), "eager": timed(square)}), reference=breaks)
-    rows = run.run_case("fake", case, CPU, argparse.Namespace(repeats=5, peers=None, limit=60), set(), CEILINGS)
+    rows = run_case("fake", case, CPU, argparse.Namespace(repeats=5, peers=None, limit=60), set(), CEILINGS)
     assert [row["status"] for row in rows] == ["failed", "failed"]
     assert rows[0]["reason"] == "no reference: OutOfMemoryError: no memory"
 
@@ -288,7 +289,7 @@ def test_after_its_minutes_no_case_is_begun(
 def test_a_run_that_was_cut_off_is_gone_on_with(
     three_cases: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, run_case, seen = tmp_path / "r.json", run.run_case, []
+    out, seen = tmp_path / "r.json", []
 
     def dies_at_the_second(op: str, case: Case, *rest: Any) -> Any:
         seen.append(case.label)
