@@ -3,7 +3,7 @@
     python -m benchmarks.aot [--rooms rms_norm ...] [--archs sm_90 ...] [--all] [--markdown benchmarks/results/aot.md]
 
 What is compiled is what the launchers launch: each room's `launches(arch)` in benchmarks/ops calls the launchers on CPU
-tensors, `_launch.launch` is replaced by a recorder, and Triton's own binder turns the recorded arguments into a
+tensors, a recorder takes the place of launches, and Triton's own binder turns the recorded arguments into a
 signature. By default one launch a kernel and architecture, with --all one for every entry of the launch tables.
 Prints one JSON object a compiled kernel. Results are cached under MINIDS_CACHE (default: the user's cache folder) by
 the source of kernels, Triton's version, arguments and options.
@@ -114,17 +114,13 @@ def record(calls: Sequence[tuple[str, Callable[[], Any]]], arch: str) -> list[La
     def take(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
         launches.append(Launch(current, kernel, args, kwargs))
 
-    former = {name: getattr(_launch, name) for name in ("launch", "arch", "multiprocessors", "BACKEND")}
-    _launch.launch, _launch.arch, _launch.multiprocessors, _launch.BACKEND = (
-        take,
-        lambda x: arch,
-        lambda x: 132,
-        "triton",
-    )
+    former = {name: getattr(_launch, name) for name in ("arch", "multiprocessors", "BACKEND")}
+    _launch.arch, _launch.multiprocessors, _launch.BACKEND = lambda x: arch, lambda x: 132, "triton"
     try:
-        for label, call in calls:
-            current = label
-            call()
+        with _launch.launched_by(take):
+            for label, call in calls:
+                current = label
+                call()
     finally:
         for name, value in former.items():
             setattr(_launch, name, value)

@@ -34,6 +34,7 @@ from .mla_prefill import mla_prefill, mla_prefill_reference
 from .moe import moe_experts, moe_experts_reference, moe_permute, moe_unpermute
 from .moe_gate import moe_gate, moe_gate_reference
 from .moe_plan import MoePlan, moe_plan, moe_plan_reference
+from .precompile import precompile
 from .rms_norm import rms_norm, rms_norm_reference
 from .rms_norm_quant import rms_norm_quant, rms_norm_quant_reference
 from .rope import rope, rope_reference
@@ -81,6 +82,7 @@ __all__ = [
     "moe_plan",
     "moe_plan_reference",
     "moe_unpermute",
+    "precompile",
     "quantize_blocks",
     "quantize_blocks_reference",
     "quantize_latent_cache",

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from minids_kernels import precompile
 from torch import Tensor
 
 from minids.config import TrainConfig
@@ -245,15 +246,24 @@ class Trainer:
         batches = [Batch(*tensors[i : i + 3]) for i in range(0, len(tensors), 3)]
         return self._gradients(batches, Window(len(batches), counted, mtp, weight))
 
+    def _window(self, batches: Sequence[Any]) -> Window:
+        counted = torch.tensor(max(1, sum(map(self.task.count, batches))))
+        weight = torch.tensor(mtp_weight(self.step, self.train), dtype=torch.float32)
+        return Window(len(batches), queue_copy(counted, self.device), bool(weight > 0), queue_copy(weight, self.device))
+
+    def precompile(self) -> None:
+        """A step's kernels, all at once; leaves no trace in the run."""
+        state = self.task.state()
+        batches = [self.task.next_batch()]
+        self.task.load_state(state)
+        precompile(lambda: self._gradients(batches, self._window(batches)))
+        self.optimizer.zero_grad()
+
     def optimizer_step(self) -> dict[str, float]:
         """One step; returns its metrics. InputError when the loss or the gradient is no longer finite."""
         train, task = self.train, self.task
         batches = [task.next_batch() for _ in range(train.grad_accumulation_steps)]
-        counted = torch.tensor(max(1, sum(map(task.count, batches))))
-        weight = torch.tensor(mtp_weight(self.step, train), dtype=torch.float32)
-        window = Window(
-            len(batches), queue_copy(counted, self.device), bool(weight > 0), queue_copy(weight, self.device)
-        )
+        window = self._window(batches)
         if self.recorded is None:
             sums, counts = self._gradients(batches, window)
         else:
@@ -282,6 +292,8 @@ class Trainer:
         before = self.seconds
         signals.training = True
         try:
+            if self.device.type == "cuda" and self.step < train.steps:
+                self.precompile()
             if self.run.checkpoint is None:
                 self.evaluate()
             while self.step < train.steps and not signals.received:

@@ -142,6 +142,23 @@ def test_an_interrupted_run_ends_like_one_never_interrupted(folder, tmp_path, mo
     tiny.assert_same_run(config.out, folder / "whole")
 
 
+def test_compiling_before_the_first_step_leaves_no_trace(folder, tmp_path, monkeypatch):
+    config = tiny.pretrain_config(folder, "")
+    config.out = str(tmp_path / "run")
+    calls, original = [], Trainer.evaluate
+
+    def evaluate(self):
+        if self.step == 0:
+            self.precompile()
+        return original(self)
+
+    monkeypatch.setattr(loop, "precompile", lambda call: calls.append(call()))
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    pretrain(config)
+    assert len(calls) == 1
+    tiny.assert_same_run(config.out, folder / "whole")
+
+
 def test_interrupted_before_the_first_step(folder, tmp_path, monkeypatch):
     config = tiny.pretrain_config(folder, "")
     config.out = str(tmp_path / "run")
