@@ -282,8 +282,10 @@ def _values(codes: Tensor, scale: Tensor, rows: int) -> Tensor:
 
 
 def _torch_gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out_dtype: torch.dtype, rows: int) -> Tensor:
-    """One product of values in fp32: rounded to bf16 they would turn codes of the next product's input."""
-    return (_values(a, a_scale, 1) @ _values(b, b_scale, rows).T).to(out_dtype)
+    """One product of values in fp32, under autocast too: rounded to bf16 they would turn codes of the next product's
+    input."""
+    with torch.autocast(a.device.type, enabled=False):
+        return (_values(a, a_scale, 1) @ _values(b, b_scale, rows).T).to(out_dtype)
 
 
 # --- registration -----------------------------------------------------------------------------------------------------

@@ -369,7 +369,7 @@ def _torch_wgrad(
             columns, groups = slice(first, first + count), slice(first // GROUP, (first + count - 1) // GROUP + 1)
             left = _values(a[:, columns], a_scale[:, groups], 1)
             right = _values(b[:, columns], b_scale[:, groups], 1)
-            out[expert] = torch.addmm(out[expert], left, right.T, beta=int(add))
+            out[expert].addmm_(left, right.T, beta=int(add))
         elif not add:
             out[expert].zero_()
 

@@ -320,7 +320,7 @@ def _moe_experts(
     x: Tensor, topk_ids: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, fp8: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """-> out [T, D]; for the backward: gate_up [T * k and _spare, 2F], no rows of it unless `keep`, the plan, and if
-    `fp8` what `_fp8_fwd` keeps of the weights. x and weights of one dtype."""
+    `fp8` what `_fp8_fwd` keeps of the weights. x and weights of one dtype unless `fp8`."""
     plan = plan_pairs(topk_ids, w_gate_up.shape[0])
     codes: list[Tensor] = []
     if fp8:
@@ -343,7 +343,7 @@ def _moe_experts_backward(
     else:
         backward = _triton_bwd if _launch.use_triton(x) else _torch_bwd
         dx, dweight, *dw = backward(dout, x, topk_weight, w_gate_up, w_down, gate_up, plan)
-    dw_gate_up, dw_down = (d.to(x.dtype) for d in dw)
+    dw_gate_up, dw_down = (d.to(w.dtype) for d, w in zip(dw, (w_gate_up, w_down), strict=True))
     return dx, dweight.to(topk_weight.dtype).view_as(topk_weight), dw_gate_up, dw_down
 
 
@@ -495,8 +495,9 @@ def moe_experts(
 
     Differentiable in x, topk_weight and both weights, once. Under autocast the products run in autocast's dtype. With
     `fp8` all products, forward and backward, are of e4m3 codes: tokens and their gradients in tiles of 1x128, weights
-    in blocks of 128x128, quantised once a call (DeepSeek-V3 report, section 3.3). Raises TypeError for a dtype that is
-    no float (with `fp8` for fp64 too), ValueError when shapes disagree.
+    in blocks of 128x128, quantised once a call from the dtype they have, in which their gradients come (DeepSeek-V3
+    report, section 3.3). Raises TypeError for a dtype that is no float (with `fp8` for fp64 too), ValueError when
+    shapes disagree.
     """
     check_float("x", x)
     check_shape("x", x, (None, None))
@@ -510,5 +511,7 @@ def moe_experts(
     if fp8 and dtype == torch.float64:
         raise TypeError("x: got torch.float64, allowed with fp8 are torch.float32, torch.bfloat16, torch.float16")
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, topk_weight, w_gate_up, w_down))
-    out, *_ = _moe_experts(x.to(dtype), topk_ids, topk_weight, w_gate_up.to(dtype), w_down.to(dtype), fp8, keep)
+    if not fp8:
+        w_gate_up, w_down = w_gate_up.to(dtype), w_down.to(dtype)
+    out, *_ = _moe_experts(x.to(dtype), topk_ids, topk_weight, w_gate_up, w_down, fp8, keep)
     return out.to(x.dtype)

@@ -177,6 +177,15 @@ def test_the_same_bits_twice(way: str, device: torch.device) -> None:
     assert torch.equal(fp8_gemm(*tensors), fp8_gemm(*tensors))
 
 
+def test_autocast_rounds_no_values(way: str, device: torch.device) -> None:
+    blocks, tiles = ([t.to(device) for t in operands(17, 40, 257, rows)] for rows in (128, 1))
+    want, wanted = fp8_gemm(*blocks, torch.float32), fp8_gemm_wgrad(*tiles)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert torch.equal(fp8_gemm(*blocks, torch.float32), want)
+        assert torch.equal(fp8_gemm_wgrad(*tiles), wanted)
+        assert torch.equal(fp8_gemm_wgrad(*tiles, out=torch.zeros_like(wanted)), wanted)
+
+
 def test_references() -> None:
     """They are one product in fp32 of values in fp32: a rounding each."""
     tensors = operands(9, 200, 300, 128)

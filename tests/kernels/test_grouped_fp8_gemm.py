@@ -322,6 +322,15 @@ def test_dtypes_of_the_result_and_the_same_bits_twice(way: str, device: torch.de
         assert torch.equal(got, grouped_fp8_gemm(*scaled, dtype))
 
 
+def test_autocast_rounds_no_values(way: str, device: torch.device) -> None:
+    counts = [6, 0, 130]
+    rows, tiles = operands(counts, 4, 20, 257, device), segments(counts, 4, 20, 40, device)
+    want, wanted = grouped_fp8_gemm(*rows, torch.float32), grouped_fp8_gemm_wgrad(*tiles)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert torch.equal(grouped_fp8_gemm(*rows, torch.float32), want)
+        assert torch.equal(grouped_fp8_gemm_wgrad(*tiles), wanted)
+
+
 def test_launch_tables_serve_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the tables choose is right too, on the chip the interpreter stands for."""
     monkeypatch.setattr(_launch, "BACKEND", "triton")

@@ -243,6 +243,25 @@ def test_fp8_is_a_composition_of_fp8_products(device: torch.device) -> None:
         assert_near(got.cpu(), expected.cpu().double(), error_bound(torch.float32, 12, 4 * tokens) + 1e-3)
 
 
+def test_fp8_takes_weights_as_they_are(device: torch.device) -> None:
+    """Under autocast, too, fp32 weights are quantised from fp32, and their gradients, sums in fp32, are not rounded."""
+    x, weight, wg, wd = (t.to(device) for t in inputs(70, 40, 24, 3, 2))
+    ids, dout = route(70, 3, 2).to(device), torch.randn(70, 40, device=device).bfloat16()
+    tensors = [x.bfloat16(), weight, wg, wd]
+
+    def experts(x: Tensor, weight: Tensor, wg: Tensor, wd: Tensor) -> Tensor:
+        return moe_experts(x, ids, weight, wg, wd, fp8=True)
+
+    want, wanted = run(experts, tensors, dout)
+    with torch.autocast(device.type, torch.bfloat16):
+        out, grads = run(experts, tensors, dout)
+    assert all(torch.equal(a, b) for a, b in zip((out, *grads), (want, *wanted), strict=True))
+    rounded, _ = run(experts, [*tensors[:2], wg.bfloat16(), wd.bfloat16()], dout)
+    assert not torch.equal(out, rounded)
+    for grad in grads[2:]:
+        assert grad.dtype == torch.float32 and not torch.equal(grad, grad.bfloat16().float())
+
+
 def test_tokens_do_not_meet(device: torch.device) -> None:
     """Changing one token changes no other's output or gradient, whichever experts they share."""
     x, weight, wg, wd = (t.to(device) for t in inputs(20, 8, 6, 4, 2))
