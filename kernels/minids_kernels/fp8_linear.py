@@ -4,11 +4,10 @@
     dx [M, K] = dy [M, N] in 1x128 tiles    @ weight.T in the same blocks, codes transposed
     dw [N, K] = dy.T      in 128x1 tiles    @ x.T      in 128x1 tiles, summed in fp32
 
-Codes are e4m3 with fp32 scales. For the backward pass x is kept as fp8 codes only. A weight is quantised when it is
-first used after a change: its codes are kept beside it, found by the tensor itself and its version, which counts the
-changes in place that autograd sees. Writing through `weight.data` escapes that count: use `torch.no_grad()` instead.
-While a CUDA graph of a training step is captured, weights are always quantised, so that replays see the new ones.
-Runs wherever `fp8_gemm` and `fp8_quant` do.
+Codes are e4m3 with fp32 scales. The weight is quantised once a call, and for the backward pass x and weight are kept as
+these codes only. Nothing outlives a call and its backward: a tensor does not tell that it was changed, since fused
+optimizers and writes through `weight.data` leave its version as it was. Who multiplies with a weight that never changes
+keeps `quantize_blocks` of it and calls `fp8_gemm`. Runs wherever `fp8_gemm` and `fp8_quant` do.
 Test: tests/kernels/test_fp8_linear.py. Benchmark: benchmarks/ops/fp8_gemm.py has its products.
 """
 
@@ -16,12 +15,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ._checks import as_rows, as_shape, check_shape, compute_dtype
 from ._operator import operator
 from .fp8_gemm import fp8_gemm, fp8_gemm_wgrad
-from .fp8_quant import quantize_blocks, quantize_tiles, quantize_tiles_both, quantize_tiles_transposed
+from .fp8_quant import E4M3, TILE, quantize_blocks, quantize_tiles, quantize_tiles_both, quantize_tiles_transposed
 
 __all__ = ["fp8_linear", "fp8_linear_reference"]
 
@@ -33,105 +31,66 @@ def fp8_linear_reference(x: Tensor, weight: Tensor) -> Tensor:
     return (x.float() @ weight.float().T).to(x.dtype)
 
 
-# --- weights' codes ---------------------------------------------------------------------------------------------------
-
-
-class _Codes:
-    """A weight's codes [N, K] and scales as of one state of it; the transposed ones once they are asked for."""
-
-    def __init__(self, weight: Tensor, state: tuple[object, ...] = ()) -> None:
-        self.state = state
-        self.plain = quantize_blocks(weight)
-        self._transposed: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def transposed(self) -> tuple[Tensor, Tensor]:
-        """Blocks are square: only their codes turn."""
-        if self._transposed is None:
-            codes, scales = self.plain
-            self._transposed = codes.view(torch.uint8).T.contiguous().view(codes.dtype), scales.T
-        return self._transposed
-
-
-def _state(weight: Tensor) -> tuple[object, ...]:
-    """What changes when the weight is written to in place, or given other memory."""
-    return weight._version, weight.data_ptr(), weight.device, weight.dtype, weight.shape, weight.stride()
-
-
-_kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weight -> _Codes; an entry dies with its weight
-
-
-def _weight_codes(weight: Tensor, training: bool) -> _Codes:
-    capturing = training and weight.is_cuda and torch.cuda.is_current_stream_capturing()
-    if capturing or weight.is_inference():  # the latter count no versions
-        return _Codes(weight)
-    state = _state(weight)
-    kept: _Codes | None = _kept.get(weight)
-    if kept is None or kept.state != state:
-        kept = _kept[weight] = _Codes(weight, state)
-    return kept
-
-
 # --- registration -----------------------------------------------------------------------------------------------------
 
 
 @operator("fp8_linear")
-def _fp8_linear(x: Tensor, weight: Tensor, out_dtype: torch.dtype, training: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """x [M, K], weight [N, K] -> y [M, N] in out_dtype; if training, also x's 128x1 codes [K, M] and their scales
-    [K, ceil(M / 128)], else two empty tensors."""
-    weight_codes = _weight_codes(weight, training)
-    if training:
-        codes, scales, codes_t, scales_t = quantize_tiles_both(x)
+def _fp8_linear(
+    x: Tensor, weight: Tensor, out_dtype: torch.dtype, for_x: bool, for_weight: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x [M, K], weight [N, K] -> y [M, N] in out_dtype; for x's gradient the weight's codes [N, K] and scales, for the
+    weight's gradient x's 128x1 codes [K, M] and scales [K, ceil(M / 128)], else empty tensors. Codes are uint8."""
+    w_codes, w_scales = quantize_blocks(weight)
+    if for_weight:
+        codes, scales, x_codes, x_scales = quantize_tiles_both(x)
     else:
         codes, scales = quantize_tiles(x)
-        codes_t, scales_t = codes.new_empty(0, 0), scales.new_empty(0, 0)
-    return fp8_gemm(codes, scales, *weight_codes.plain, out_dtype), codes_t, scales_t
-
-
-@operator("fp8_linear_dgrad")
-def _fp8_linear_dgrad(codes: Tensor, scales: Tensor, weight: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """dy's 1x128 codes [M, N] and scales, weight [N, K] -> dx [M, K] in out_dtype."""
-    return fp8_gemm(codes, scales, *_weight_codes(weight, True).transposed, out_dtype)
+        x_codes, x_scales = codes.new_empty(0, 0), scales.new_empty(0, 0)
+    y = fp8_gemm(codes, scales, w_codes, w_scales, out_dtype)
+    if not for_x:
+        w_codes, w_scales = w_codes.new_empty(0, 0), w_scales.new_empty(0, 0)
+    return y, w_codes.view(torch.uint8), w_scales, x_codes.view(torch.uint8), x_scales
 
 
 @_fp8_linear.register_fake
-def _(x: Tensor, weight: Tensor, out_dtype: torch.dtype, training: bool) -> tuple[Tensor, Tensor, Tensor]:
-    rows, width = x.shape if training else (0, 0)
-    codes_t = x.new_empty(width, rows, dtype=torch.float8_e4m3fn)
-    scales_t = x.new_empty(width, -(-rows // 128), dtype=torch.float32)
-    return x.new_empty(x.shape[0], weight.shape[0], dtype=out_dtype), codes_t, scales_t
-
-
-@_fp8_linear_dgrad.register_fake
-def _(codes: Tensor, scales: Tensor, weight: Tensor, out_dtype: torch.dtype) -> Tensor:
-    return weight.new_empty(codes.shape[0], weight.shape[1], dtype=out_dtype)
+def _(
+    x: Tensor, weight: Tensor, out_dtype: torch.dtype, for_x: bool, for_weight: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows, width = weight.shape if for_x else (0, 0)
+    tokens, depth = x.shape if for_weight else (0, 0)
+    return (
+        x.new_empty(x.shape[0], weight.shape[0], dtype=out_dtype),
+        x.new_empty(rows, width, dtype=torch.uint8),
+        x.new_empty(-(-rows // TILE), -(-width // TILE), dtype=torch.float32),
+        x.new_empty(depth, tokens, dtype=torch.uint8),
+        x.new_empty(depth, -(-tokens // TILE), dtype=torch.float32),
+    )
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, weight, _, _ = inputs
-    _, codes_t, scales_t = output
-    ctx.mark_non_differentiable(codes_t, scales_t)
-    ctx.save_for_backward(weight, codes_t, scales_t)
-    ctx.x_dtype = x.dtype
+    x, weight, *_ = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:])
+    ctx.dtypes = x.dtype, weight.dtype
 
 
 def _backward(ctx, dy, *_):
-    weight, codes_t, scales_t = ctx.saved_tensors
+    w_codes, w_scales, x_codes, x_scales = ctx.saved_tensors
     for_x, for_weight = ctx.needs_input_grad[:2]
-    if dy.shape[0] == 0:
-        return weight.new_empty(0, weight.shape[1], dtype=ctx.x_dtype), torch.zeros_like(weight), None, None
     dx = dweight = None
     if for_x and for_weight:
-        codes, scales, dy_codes_t, dy_scales_t = quantize_tiles_both(dy)
+        codes, scales, dy_codes, dy_scales = quantize_tiles_both(dy)
     elif for_x:
         codes, scales = quantize_tiles(dy)
     else:
-        dy_codes_t, dy_scales_t = quantize_tiles_transposed(dy)
-    if for_x:
-        dx = _fp8_linear_dgrad(codes, scales, weight, ctx.x_dtype)
-    if for_weight:
-        dweight = fp8_gemm_wgrad(dy_codes_t, dy_scales_t, codes_t, scales_t).to(weight.dtype)
-    return dx, dweight, None, None
+        dy_codes, dy_scales = quantize_tiles_transposed(dy)
+    if for_x:  # blocks are square: only their codes turn
+        dx = fp8_gemm(codes, scales, w_codes.T.contiguous().view(E4M3), w_scales.T, ctx.dtypes[0])
+    if for_weight and dy.shape[0]:
+        dweight = fp8_gemm_wgrad(dy_codes, dy_scales, x_codes.view(E4M3), x_scales).to(ctx.dtypes[1])
+    elif for_weight:
+        dweight = dy.new_zeros(dy.shape[1], x_codes.shape[0], dtype=ctx.dtypes[1])
+    return dx, dweight, None, None, None
 
 
 _fp8_linear.register_autograd(_backward, setup_context=_setup)
@@ -152,6 +111,6 @@ def fp8_linear(x: Tensor, weight: Tensor) -> Tensor:
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: got shape {tuple(x.shape)}, allowed is a last dimension of 1 or more")
     check_shape("weight", weight, (None, x.shape[-1]))
-    training = torch.is_grad_enabled() and weight.requires_grad
-    y, _, _ = _fp8_linear(as_rows(x), weight, compute_dtype(x), training)
+    grad = torch.is_grad_enabled()
+    y, *_ = _fp8_linear(as_rows(x), weight, compute_dtype(x), grad and x.requires_grad, grad and weight.requires_grad)
     return as_shape(y, (*x.shape[:-1], weight.shape[0]))

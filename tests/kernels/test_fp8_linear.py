@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import importlib
 import math
 from collections.abc import Callable
 
@@ -23,8 +21,6 @@ from torch import Tensor
 from torch.library import opcheck
 
 from tests.kernels.numerics import LAYOUTS, assert_near, error_bound, leaves, poisoned_memory, run, tensor_core_error
-
-room = importlib.import_module("minids_kernels.fp8_linear")
 
 CPU = torch.device("cpu")
 SHAPES = [(1, 1, 1), (3, 5, 129), (17, 40, 20), (130, 20, 33)]  # M, N, K
@@ -125,60 +121,35 @@ def test_the_same_bits_twice(device: torch.device) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.fixture
-def quantised(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The weights that were quantised, one after the other."""
-    calls: list[Tensor] = []
-    real = room.quantize_blocks
+def test_a_changed_weight_counts_at_once() -> None:
+    """Also after a fused optimizer, which leaves the weight's version as it was, and with new memory."""
+    weight, x = torch.nn.Parameter(torch.randn(20, 12)), torch.randn(4, 12, requires_grad=True)
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
 
-    def counting(weight: Tensor) -> tuple[Tensor, Tensor]:
-        calls.append(weight)
-        result: tuple[Tensor, Tensor] = real(weight)
-        return result
-
-    monkeypatch.setattr(room, "quantize_blocks", counting)
-    return calls
-
-
-def test_a_weight_is_quantised_once_a_step(quantised: list[Tensor]) -> None:
-    """Two micro-batches share codes, forward and backward; an optimizer's step makes new ones."""
-    weight = torch.nn.Parameter(torch.randn(20, 12))
-    optimizer = torch.optim.AdamW([weight], lr=0.1)
-    for step in (1, 2):
-        for _ in range(2):
-            x = torch.randn(4, 12, requires_grad=True)
-            y = fp8_linear(x, weight)
-            assert_near(y.detach(), rows(x.detach()) @ blocks(weight.detach()).T, bound(torch.float32, 12))
-            y.square().sum().backward()
+    def stepped() -> None:
+        version = weight._version
         optimizer.step()
-        assert len(quantised) == step
+        assert weight._version == version
+
+    def replaced() -> None:
+        weight.data = torch.randn(20, 12)
+
+    for change in (stepped, replaced):
+        fp8_linear(x, weight).square().sum().backward()
+        change()
+        y, want = (fp8_linear(x, w) for w in (weight, weight.detach().clone()))
+        assert torch.equal(y, want)
+        assert torch.equal(*(torch.autograd.grad(out.sum(), x)[0] for out in (y, want)))
 
 
-def test_new_memory_means_new_codes(quantised: list[Tensor]) -> None:
-    weight, x = torch.nn.Parameter(torch.randn(20, 12)), torch.randn(4, 12)
-    fp8_linear(x, weight)
-    weight.data = torch.randn(20, 12)
-    assert_near(fp8_linear(x, weight).detach(), rows(x) @ blocks(weight.detach()).T, bound(torch.float32, 12))
-    assert len(quantised) == 2
-
-
-def test_codes_die_with_their_weight(quantised: list[Tensor]) -> None:
-    before = len(room._kept)
-    weight = torch.nn.Parameter(torch.randn(20, 12))
-    fp8_linear(torch.randn(4, 12), weight).sum().backward()
-    assert len(room._kept) == before + 1
-    quantised.clear()
-    del weight
-    gc.collect()
-    assert len(room._kept) == before
-
-
-def test_inference_tensors(quantised: list[Tensor]) -> None:
-    """They count no versions: quantised each time."""
-    with torch.inference_mode():
-        weight, x = torch.randn(20, 12), torch.randn(4, 12)
-        assert torch.equal(fp8_linear(x, weight), fp8_linear(x, weight))
-    assert len(quantised) == 2
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_codes_are_all_that_is_kept(half: torch.dtype) -> None:
+    kept: list[Tensor] = []
+    x, weight = (t.requires_grad_() for t in inputs(130, 20, 260, half, "cpu"))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        fp8_linear(x, weight)
+    sizes = {torch.uint8: 130 * 260 + 20 * 260, torch.float32: 260 * 2 + 1 * 3}  # codes, scales
+    assert {dtype: sum(t.numel() for t in kept if t.dtype == dtype) for dtype in {t.dtype for t in kept}} == sizes
 
 
 def test_one_graph_under_compile(device: torch.device) -> None:
@@ -191,15 +162,10 @@ def test_one_graph_under_compile(device: torch.device) -> None:
         assert all(torch.equal(a, b) for a, b in zip((y, *grads), (want, *wanted), strict=True))
 
 
-def test_registration(device: torch.device) -> None:
-    """Opcheck but for its tests that multiply or add up all tensors, which torch cannot do with fp8: the schema's, and
-    with codes among the outputs the compiled one (see test_one_graph_under_compile)."""
-    tests = ("test_autograd_registration", "test_faketensor")
-    x, weight = inputs(6, 20, 12, torch.float32, device)
-    opcheck(ops.fp8_linear.default, (x, weight, torch.float32, False), test_utils=tests)
-    opcheck(ops.fp8_linear.default, (*leaves([x, weight]), torch.float32, True), test_utils=tests)
-    tests = (*tests, "test_aot_dispatch_dynamic")
-    opcheck(ops.fp8_linear_dgrad.default, (*quantize_tiles(x @ weight.T), weight, torch.float32), test_utils=tests)
+@pytest.mark.parametrize("wanted", [(False, False), (True, False), (False, True), (True, True)], ids=str)
+def test_registration(wanted: tuple[bool, bool], device: torch.device) -> None:
+    tensors = [t.requires_grad_(w) for t, w in zip(inputs(6, 20, 12, torch.float32, device), wanted, strict=True)]
+    opcheck(ops.fp8_linear.default, (*tensors, torch.float32, *wanted))
 
 
 @pytest.mark.parametrize(
