@@ -187,7 +187,11 @@ class TrainConfig:
     bias_update_speed: float = 1e-3  # gamma of the auxiliary-loss-free balancing; 0 for the last 3.4 % of the run
     balance_loss_alpha: float = 1e-4  # sequence-wise balance loss
     mtp_loss_weight: float = 0.3  # lambda; a third of it after 67.6 % of the run
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of matrix products; weights and optimizer state stay fp32
+    # Of matrix products; weights, gradients and optimizer state stay fp32. fp8: those of the blocks' linear layers, the
+    # rest in bf16 (minids/precision.py). Dense layers then keep their inputs for the backward as fp8 codes, half of
+    # bf16's memory. On an H200 a layer with its gradients was not faster than in bf16 when last measured (goal 14 in
+    # benchmarks/results/README.md); a whole step has not been. auto: bf16 or fp32, by the hardware.
+    dtype: Literal["auto", "bf16", "fp32", "fp8"] = "auto"
     device: str = "auto"
     cuda_graph: bool = True  # on a GPU: pretrain and sft launch a step as one CUDA graph, which takes some more memory
     seed: int = 0

@@ -1,4 +1,4 @@
-"""Where a step's inputs lie, and in what precision they are multiplied."""
+"""Where a step's inputs lie."""
 
 from __future__ import annotations
 
@@ -12,9 +12,3 @@ def queue_copy(x: Tensor, device: torch.device) -> Tensor:
     if x.device.type != "cpu" or device.type != "cuda":
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """Of matrix products with x: autocast's under autocast, else x's own."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -105,7 +105,7 @@ def recommended_dtype(torch: Any) -> dict[str, str]:
     """Device -> dtype of matrix products that training picks there."""
     if not torch:
         return {}
-    from minids.train.loop import pick_dtype
+    from minids.precision import pick_dtype
 
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     return {name: str(pick_dtype("auto", torch.device(name))).removeprefix("torch.") for name in devices}

@@ -45,11 +45,12 @@ from minids.files import atomic_directory, atomic_write, read_json, write_json
 from minids.infer.generate import LanguageModel
 from minids.loading import load
 from minids.model.model import DeepseekV3
+from minids.precision import autocast, pick_dtype
 from minids.tokenizer import Tokenizer
 from minids.tokenizer.train import train_tokenizer
 from minids.train.dpo import dpo
 from minids.train.log import note
-from minids.train.loop import autocast, pick_device, pick_dtype
+from minids.train.loop import pick_device
 from minids.train.measure import join
 from minids.train.optim import build_optimizer, gradient_norm
 from minids.train.pretrain import pretrain

@@ -14,8 +14,9 @@ from minids.data.pack import Sample
 from minids.data.rows import Row, read_rows
 from minids.errors import InputError
 from minids.loading import load
+from minids.precision import autocast, pick_dtype
 from minids.tokenizer import Tokenizer
-from minids.train.loop import autocast, pick_device, pick_dtype
+from minids.train.loop import pick_device
 from minids.train.measure import join, likelihood, token_bytes
 
 

@@ -6,12 +6,12 @@ Shapes: T tokens of packed documents, D hidden_size, H heads, C kv_lora_rank, N/
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from minids_kernels import mla_attention
 from torch import Tensor, nn
 
 from minids.config import ModelConfig
 from minids.model.norm import RMSNorm
+from minids.precision import linear
 
 
 def _columns_apart(projection: nn.Linear, x: Tensor, heads: int, first: int) -> tuple[Tensor, Tensor]:
@@ -19,7 +19,7 @@ def _columns_apart(projection: nn.Linear, x: Tensor, heads: int, first: int) -> 
     would have to be put together again in the backward."""
     weight = projection.weight.unflatten(0, (heads, -1))
     parts = weight.split([first, weight.shape[1] - first], dim=1)
-    one, other = (F.linear(x, part.flatten(0, 1)).unflatten(-1, (heads, -1)) for part in parts)
+    one, other = (linear(x, part.flatten(0, 1)).unflatten(-1, (heads, -1)) for part in parts)
     return one, other
 
 
@@ -46,12 +46,12 @@ class Attention(nn.Module):
         before its rotation."""
         first = self.q_proj if self.config.q_lora_rank is None else self.q_a_proj
         weight = torch.cat((first.weight, self.kv_a_proj_with_mqa.weight))  # one product for both: they are narrow
-        return F.linear(x, weight)
+        return linear(x, weight)
 
     def queries(self, q: Tensor) -> Tensor:
         """The first Q columns of `project` -> [T, H, N + R], whose last R columns are to be rotated."""
         if self.config.q_lora_rank is not None:
-            q = self.q_b_proj(self.q_a_layernorm(q))
+            q = linear(self.q_a_layernorm(q), self.q_b_proj.weight)
         return q.unflatten(-1, (self.config.num_attention_heads, -1))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -66,4 +66,4 @@ class Attention(nn.Module):
             self.queries(q), (k_nope, k_pe.unsqueeze(1)), v, cu_seqlens, scale=config.softmax_scale,
             rotary_cos=cos, rotary_sin=sin,
         )  # fmt: skip
-        return self.o_proj(out.flatten(1))
+        return linear(out.flatten(1), self.o_proj.weight)

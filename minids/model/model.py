@@ -14,12 +14,13 @@ from minids_kernels import linear_cross_entropy
 from torch import Tensor, nn
 
 from minids.config import ModelConfig
-from minids.device import product_dtype, queue_copy
+from minids.device import queue_copy
 from minids.model.block import Block
 from minids.model.moe import Experts, Gate, MoE, Routing, balance_loss, update_biases
 from minids.model.mtp import MTPBlock
 from minids.model.norm import AddRMSNorm
 from minids.model.rope import rope_angles
+from minids.precision import product_dtype
 
 IGNORE = -100
 

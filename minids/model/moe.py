@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from minids.config import ModelConfig
-from minids.device import product_dtype
+from minids.precision import in_fp8, linear, product_dtype
 
 
 class _LinearBeside(torch.autograd.Function):
@@ -72,10 +72,12 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(F.linear(x, self._gate_up())))
+        return linear(swiglu(linear(x, self._gate_up())), self.down_proj.weight)
 
     def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The same, and x for its next reader."""
+        if in_fp8():
+            return self(x), x
         gate_up, x = _LinearBeside.apply(x, self._gate_up())
         return self.down_proj(swiglu(gate_up)), x
 
@@ -121,7 +123,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, width, inner))
 
     def forward(self, x: Tensor, topk_ids: Tensor, topk_weight: Tensor) -> Tensor:
-        return moe_experts(x, topk_ids, topk_weight, self.gate_up_proj, self.down_proj)
+        return moe_experts(x, topk_ids, topk_weight, self.gate_up_proj, self.down_proj, fp8=in_fp8())
 
 
 @dataclass

@@ -30,10 +30,11 @@ from minids.device import queue_copy
 from minids.errors import InputError
 from minids.files import atomic_write, sha256
 from minids.model.model import DeepseekV3
+from minids.precision import autocast, pick_dtype
 from minids.tokenizer import Tokenizer
 from minids.train.checkpoint import MODEL, read_state
 from minids.train.log import note, progress
-from minids.train.loop import StepLoss, Window, autocast, pick_device, pick_dtype, train
+from minids.train.loop import StepLoss, Window, pick_device, train
 from minids.train.measure import join
 from minids.train.run import absolute, open_base, open_run, steps_for
 

@@ -1,9 +1,9 @@
 """The training loop that pretrain, sft and dpo share.
 
 A Task supplies batches, their loss and held-out values; `train` does everything around them: gradient accumulation,
-autocast, clipping, AdamW, the schedule, expert balancing, metrics, evaluation, checkpoints, signals. Weights, gradients
-and optimizer state are fp32. What a step computes depends on its number and on what checkpoints hold, on nothing else,
-so a resumed run repeats an uninterrupted one bit for bit (same machine, same number of threads).
+precision, clipping, AdamW, the schedule, expert balancing, metrics, evaluation, checkpoints, signals. Weights,
+gradients and optimizer state are fp32. What a step computes depends on its number and on what checkpoints hold, on
+nothing else, so a resumed run repeats an uninterrupted one bit for bit (same machine, same number of threads).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from minids.data.loader import Batch
 from minids.device import queue_copy
 from minids.errors import InputError, Interrupted
 from minids.model.model import DeepseekV3
+from minids.precision import autocast, pick_dtype
 from minids.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from minids.train.graph import Recorded, pad_cu_seqlens
 from minids.train.log import (
@@ -72,8 +73,8 @@ class StepLoss:
 
 
 class Task(Protocol):
-    """What a stage teaches. `loss` and `evaluate` run under autocast. Batches come on the CPU; with `same_shapes` they
-    are `Batch`es of as many tokens each, and `loss` takes them on a GPU, too, for which it does not wait."""
+    """What a stage teaches. `loss` and `evaluate` run within `autocast`. Batches come on the CPU; with `same_shapes`
+    they are `Batch`es of as many tokens each, and `loss` takes them on a GPU, too, for which it does not wait."""
 
     @property
     def stage(self) -> str: ...
@@ -112,22 +113,6 @@ def pick_device(name: str) -> torch.device:
             f"train.device: got {name!r}, which cannot be used here ({str(error).splitlines()[0]})"
         ) from None
     return device
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Of matrix products. "auto": bf16 where the hardware multiplies in it, else fp32."""
-    if name != "auto":
-        return torch.bfloat16 if name == "bf16" else torch.float32
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        features = torch.cpu.get_capabilities()
-        fast = bool(features.get("avx512_bf16") or features.get("amx_bf16"))
-    return torch.bfloat16 if fast else torch.float32
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def _random_state(device: torch.device) -> dict[str, str]:

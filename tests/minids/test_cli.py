@@ -83,6 +83,7 @@ def said(*argv: str) -> str:
         (["pretrain", "--preset", "huge"], "--preset: got 'huge', wanted one of nano, mini, small, v2-lite, v3"),
         (["pretrain", "--train.lr"], "argument --train.lr: expected one argument"),
         (["pretrain", "--train.steps", "ten"], "--train.steps: got 'ten', wanted int"),
+        (["sft", "--train.dtype", "fp4"], "--train.dtype: got 'fp4', wanted one of auto, bf16, fp32, fp8"),
         (
             ["pretrain", "--model.n_routed_experts", "8", "--model.n_group", "3"],
             "model.n_group: got 3 groups for 8 routed experts",

@@ -37,13 +37,14 @@ def test_padding_changes_no_loss() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("parts", [1, 3])
-def test_a_recorded_run_is_the_run(tmp_path: Path, parts: int) -> None:
-    """Also with batches that are accumulated, and where the number of documents changes."""
+@pytest.mark.parametrize(("parts", "dtype"), [(1, "fp32"), (3, "fp32"), (1, "fp8")])
+def test_a_recorded_run_is_the_run(tmp_path: Path, parts: int, dtype: str) -> None:
+    """Also with batches that are accumulated, and where the number of documents changes; in fp8 weights are quantised
+    anew in each replay."""
     tiny.write_shards(tmp_path)
     for graph in (False, True):
         config = tiny.pretrain_config(tmp_path, f"graph-{graph}", steps=8, every=0)
-        settings = {"device": "cuda", "cuda_graph": graph, "grad_accumulation_steps": parts, "eval_every": 3}
+        settings = dict(device="cuda", cuda_graph=graph, grad_accumulation_steps=parts, eval_every=3, dtype=dtype)
         pretrain(tiny.with_steps(config, **settings))
     tiny.assert_same_run(tmp_path / "graph-False", tmp_path / "graph-True")
 

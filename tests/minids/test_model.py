@@ -16,6 +16,7 @@ from minids.config import PRESETS, ModelConfig, YarnConfig, preset
 from minids.model.block import Block
 from minids.model.model import IGNORE, DeepseekV3, Losses
 from minids.model.rope import rope_angles
+from minids.precision import autocast, pick_dtype
 from tests.minids.tiny import model_config, one_thread
 
 VOCAB = 60
@@ -384,11 +385,13 @@ def test_labels_of_another_shape() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU is waited for")
-def test_a_training_pass_waits_for_no_gpu() -> None:
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp8"])
+def test_a_training_pass_waits_for_no_gpu(dtype: str) -> None:
     model, ids = build().cuda(), torch.randint(0, VOCAB, (2, 30), device="cuda")
 
     def training_pass() -> None:
-        losses = model.losses(ids, ids, CU_SEQLENS)
+        with autocast(ids.device, pick_dtype(dtype, ids.device)):
+            losses = model.losses(ids, ids, CU_SEQLENS)
         (losses.nll_sum / losses.tokens + losses.mtp_nll_sum[0] + losses.balance).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         model.update_expert_bias(losses.expert_counts, 1e-3)

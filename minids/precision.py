@@ -1,0 +1,63 @@
+"""In what precision a step's matrix products run: what `train.dtype` means, as a context around the step.
+
+Weights, their gradients and optimizer state are fp32 whatever it says. "fp8" follows DeepSeek-V3 (arXiv 2412.19437,
+section 3.3): the three products of every linear layer in the blocks (attention's projections, feed-forwards, shared and
+routed experts) are of e4m3 codes; embedding, output head, gates, norms, attention and MTP's projection stay as in bf16.
+A chip without fp8, and the CPU, widen the codes: the same numbers, slower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+import torch.nn.functional as F
+from minids_kernels import fp8_linear
+from torch import Tensor
+
+NAMED = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
+
+_fp8: ContextVar[bool] = ContextVar("fp8", default=False)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Of matrix products. "auto": bf16 where the hardware multiplies in it, else fp32; never fp8."""
+    if name in NAMED:
+        return NAMED[name]
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        features = torch.cpu.get_capabilities()
+        fast = bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+    return torch.bfloat16 if fast else torch.float32
+
+
+@contextmanager
+def autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Products of a model on `device` run in `dtype`, one of `pick_dtype`'s. In fp8 autocast is that of bf16, for all
+    that stays in bf16. Backward passes follow their forward and need no context."""
+    fp8 = dtype == torch.float8_e4m3fn
+    before = _fp8.set(fp8)
+    try:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=fp8 or dtype == torch.bfloat16):
+            yield
+    finally:
+        _fp8.reset(before)
+
+
+def in_fp8() -> bool:
+    """Whether the blocks' linear layers multiply in fp8 here."""
+    return _fp8.get()
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """A linear layer of a block: x [..., K] @ weight [N, K].T -> [..., N]."""
+    return fp8_linear(x, weight) if in_fp8() else F.linear(x, weight)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Of x in matrix products, or of what fp8 products take and give: autocast's under autocast, else x's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
