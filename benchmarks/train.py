@@ -1,22 +1,24 @@
 """Training speed on this machine: minids against transformers' DeepseekV3ForCausalLM, one process, steps interleaved.
 
-    python -m benchmarks.train [--rounds 9] [--dtypes fp32 bf16] [--compile] [--preset small] [--batch 16]
+    python -m benchmarks.train [--rounds 9] [--dtypes fp32 bf16 fp8] [--compile] [--preset small] [--batch 16]
                                [--length 2048] [--sides NAME ...] [--profile FILE.json] [--out FILE.json]
 
 A step is forward, backward, gradient clipping and AdamW: on a CPU on 8 sequences of 256 tokens of a small model, on a
 GPU on 16 sequences of 2048 of the preset "small", whose MTP module is left out, in bf16 with fp32 master weights. All
 sides start from the same weights and see the same batches, which lie on the CPU; their first losses must agree before
 anything is timed. Warm-up runs each side in every precision; only its fastest goes on to the timed rounds, so that
-nobody's caches are cleared by what does not count. On a GPU our forward and backward are one CUDA graph from the second
-step on, as in `minids pretrain`. Times are by the clock, on a GPU from an idle device to an idle
-device. Prints one JSON object with tokens/s (medians; of the warm-up the fastest step) and the ratio. --out is written
-after each round, so that a run that is cut off leaves the rounds it had; each step's seconds go to stderr.
+nobody's caches are cleared by what does not count. fp8, if asked for, is a side of its own, "minids fp8": peers have
+none, and the ratio stays that of ours in fp32 or bf16. On a GPU our forward and backward are one CUDA graph from the
+second step on, as in `minids pretrain`. Times are by the clock, on a GPU from an idle device to an idle device. Prints
+one JSON object with tokens/s (medians; of the warm-up the fastest step) and the ratio. --out is written after each
+round, so that a run that is cut off leaves the rounds it had; each step's seconds go to stderr.
 
 On a GPU the object also has, by side, the seconds of the first step (compilers included; caches of earlier runs count)
 and the peak of memory, as if the side were alone; the ratio to each side; `moe_to_dense`, our step's time over that of
 our model with a dense FFN of equal active width for the experts (the same products a token but the gates'); and `mfu`,
-`flops.training_flops_per_token` a second over what a bf16 product of 8192 reaches here, and over the data sheet's. A
-side that breaks, out of memory for instance, is listed in `failed` and costs the others nothing.
+`flops.training_flops_per_token` a second over what a bf16 product of 8192 reaches here, and over the data sheet's;
+`mfu_fp8` is the same of "minids fp8", over bf16's speed, too. A side that breaks, out of memory for instance, is listed
+in `failed` and costs the others nothing.
 
 --profile: one more step of ours, GPU time by kernel, and where the host waits for the GPU within a step.
 """
@@ -49,15 +51,19 @@ from minids.device import queue_copy
 from minids.files import write_json
 from minids.model import DeepseekV3
 from minids.model.moe import MLP, MoE
+from minids.precision import autocast, pick_dtype
 from minids.train.graph import Recorded
-from minids.train.loop import autocast, pick_device
+from minids.train.loop import pick_device
 from minids.train.optim import build_optimizer, gradient_norm
 
 Loss = Callable[[Any, torch.Tensor], torch.Tensor]
 
 RECIPE = TrainConfig(lr=1e-6)  # leaves routing as even as a fresh gate's: no side's bias is moved to keep it so
-LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # of a loss near ln(6400) = 8.8 or ln(32000) = 10.4
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = ("fp32", "bf16", "fp8")
+# Of a loss near ln(6400) = 8.8 or ln(32000) = 10.4. fp8: roundings of 2.7 % on both operands of two dozen products in a
+# row leave 18 % of a hidden state's norm at most. Logits are 0.006 sqrt(D) large at the start, so that they err by 0.03
+# for D = 768, and their mean over 2,048 tokens by 0.03 / 45: the tolerance is seven times that.
+LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp8": 5e-3}
 OURS, DENSE = "minids", "minids dense"
 PEERS = ("transformers eager", "transformers grouped_mm")  # by how they compute experts
 COMPILED = tuple(f"{name} compiled" for name in PEERS)
@@ -69,7 +75,8 @@ class Side:
     """One contestant: a model, its optimizer and its loss, in one precision."""
 
     def __init__(self, name: str, model: torch.nn.Module, loss: Loss, dtype: str):
-        self.peer, self.name, self.dtype, self.loss = name, f"{name} {dtype}", dtype, loss
+        self.name, self.dtype, self.loss = f"{name} {dtype}", dtype, loss
+        self.peer = self.name if dtype == "fp8" else name  # precisions of a peer compete for its place, fp8 has its own
         self.model = model.train()
         self.device = next(model.parameters()).device
         self.optimizer = build_optimizer(self.model, RECIPE)
@@ -83,7 +90,7 @@ class Side:
 
     def _gradients(self, inputs: list[torch.Tensor], kind: None) -> tuple[torch.Tensor, torch.Tensor]:
         """Forward and backward; the loss and the gradient's norm."""
-        with autocast(self.device, DTYPES[self.dtype]):
+        with autocast(self.device, pick_dtype(self.dtype, self.device)):
             loss = self.loss(self.model, queue_copy(inputs[0], self.device))
         loss.backward()
         return loss.detach(), gradient_norm(self.model)
@@ -169,14 +176,15 @@ def contestant(name: str, model: DeepseekV3) -> torch.nn.Module:
 
 
 def contestants(config: ModelConfig, device: torch.device, names: Sequence[str], dtypes: Sequence[str]) -> list[Side]:
-    """Each in each precision, made on `device`."""
+    """Each in each precision, made on `device`; in fp8, the last of them, ours only."""
     torch.manual_seed(0)
     with device:
         model = DeepseekV3(config)
         return [
             Side(name, contestant(name, model), our_loss if name in (OURS, DENSE) else their_loss, dtype)
             for name in names
-            for dtype in dtypes
+            for dtype in DTYPES
+            if dtype in dtypes and (dtype != "fp8" or name == OURS)
         ]
 
 
@@ -234,13 +242,16 @@ def gpu_report(sides: Sequence[Side], warmup: int, flops_per_token: float, matmu
     report: dict[str, Any] = {
         "float32_matmul_precision": torch.get_float32_matmul_precision(),  # "highest": no TF32
         "step_seconds": {side.name: round(side.median(warmup), 5) for side in sides},
-        "ratio_to": {side.name: round(seconds[side.peer] / seconds[OURS], 3) for side in sides[1:]},
+        "ratio_to": {side.name: round(seconds[side.peer] / seconds[ours.peer], 3) for side in sides[1:]},
         "first_step_seconds": {side.name: round(side.seconds[0], 2) for side in sides},
         "peak_bytes": {side.name: side.peak_bytes for side in sides},
         "mfu": mfu(flops_per_token * ours.tokens_per_second(warmup), matmul_tflops),
     }
     if DENSE in seconds:
-        report["moe_to_dense"] = round(seconds[OURS] / seconds[DENSE], 3)
+        report["moe_to_dense"] = round(seconds[ours.peer] / seconds[DENSE], 3)
+    for side in sides[1:]:
+        if side.dtype == "fp8":
+            report["mfu_fp8"] = mfu(flops_per_token * side.tokens_per_second(warmup), matmul_tflops)
     return report
 
 
@@ -296,7 +307,11 @@ def parse(arguments: Sequence[str] | None, device: torch.device) -> argparse.Nam
     parser.add_argument("--warmup", type=int, default=3, help="steps before them, in every precision, at least 1")
     parser.add_argument("--compile", action="store_true", help="also transformers under torch.compile")
     parser.add_argument(
-        "--dtypes", nargs="+", choices=DTYPES, default=["bf16"] if gpu else list(DTYPES), help="of all sides"
+        "--dtypes",
+        nargs="+",
+        choices=DTYPES,
+        default=["bf16"] if gpu else ["fp32", "bf16"],
+        help="of all sides; fp8 of ours only",
     )
     parser.add_argument("--preset", choices=PRESETS, default="small" if gpu else None, help="instead of 9M parameters")
     parser.add_argument("--batch", type=int, default=16 if gpu else 8, help="sequences")

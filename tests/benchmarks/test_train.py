@@ -103,6 +103,7 @@ def test_options_of_a_gpu() -> None:
     assert options.sides == [train.DENSE, *train.PEERS]
     assert train.parse(["--sides", "transformers eager"], GPU).sides == ["transformers eager"]
     assert train.parse(["--preset", "mini", "--batch", "4"], GPU).config.hidden_size == 384
+    assert train.parse(["--dtypes", "bf16", "fp8"], GPU).dtypes == ["bf16", "fp8"]
 
 
 @pytest.mark.parametrize("bad", [["--warmup", "0"], ["--batch", "0"], ["--profile", "x"], ["--sides", "liger"]])
@@ -148,10 +149,24 @@ def test_a_run_that_is_cut_off_leaves_its_rounds(
     assert lines[0].startswith("warm-up 1 of 1 | minids fp32 ") and " s | transformers eager fp32 " in lines[0]
 
 
+def test_fp8_is_a_side_of_its_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of ours only, timed beside the fastest of the other precisions, whatever the order they were asked for in."""
+    monkeypatch.setattr(train, "MINI", TINY)
+    train.main([*"--rounds 1 --warmup 1 --batch 2 --length 16 --dtypes fp8 bf16 --sides".split(), train.PEERS[0]])
+    report = json.loads(capsys.readouterr().out)
+    assert [*report["warm_up_tokens_per_second"]] == ["minids bf16", "minids fp8", "transformers eager bf16"]
+    speed = report["tokens_per_second"]
+    assert [*speed] == ["minids bf16", "minids fp8", "transformers eager bf16"]
+    assert report["ratio"] == pytest.approx(speed["minids bf16"] / speed["transformers eager bf16"], rel=0.01)
+
+
 def test_report_of_a_gpu() -> None:
     sides = []
-    for name, seconds in (("minids", 0.5), ("minids dense", 0.4), ("transformers eager", 2.0)):
-        side = train.Side(name, torch.nn.Linear(2, 2), train.their_loss, "bf16")
+    for name, dtype, seconds in (
+        ("minids", "bf16", 0.5), ("minids", "fp8", 0.25), ("minids dense", "bf16", 0.4),
+        ("transformers eager", "bf16", 2.0),
+    ):  # fmt: skip
+        side = train.Side(name, torch.nn.Linear(2, 2), train.their_loss, dtype)
         side.seconds, side.tokens, side.peak_bytes = [9.0, seconds, seconds], 1000, 7
         sides.append(side)
     report = train.gpu_report(sides, 1, 1e12 * 0.1, 500.0)
@@ -159,6 +174,7 @@ def test_report_of_a_gpu() -> None:
     assert report["first_step_seconds"]["minids bf16"] == 9.0 and report["peak_bytes"]["minids bf16"] == 7
     assert report["mfu"]["model_tflops"] == 200.0 and report["mfu"]["of_measured_matmul"] == 0.4
     assert report["mfu"]["of_sheet"] == round(200 / 989, 4)
+    assert report["ratio_to"]["minids fp8"] == 0.5 and report["mfu_fp8"]["model_tflops"] == 400.0
 
 
 def test_kernels_by_time() -> None:
