@@ -4,6 +4,7 @@ from . import layers
 from .cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from .fp8_gemm import fp8_gemm, fp8_gemm_reference, fp8_gemm_wgrad, fp8_gemm_wgrad_reference
 from .fp8_linear import fp8_linear, fp8_linear_reference
+from .fp8_mlp import fp8_mlp, fp8_mlp_reference
 from .fp8_quant import (
     dequantize_blocks,
     dequantize_tiles,
@@ -56,6 +57,8 @@ __all__ = [
     "fp8_gemm_wgrad_reference",
     "fp8_linear",
     "fp8_linear_reference",
+    "fp8_mlp",
+    "fp8_mlp_reference",
     "grouped_fp8_gemm",
     "grouped_fp8_gemm_masked",
     "grouped_fp8_gemm_reference",

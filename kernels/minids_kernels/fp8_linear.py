@@ -19,7 +19,16 @@ from torch import Tensor
 from ._checks import as_rows, as_shape, check_shape, compute_dtype
 from ._operator import operator
 from .fp8_gemm import fp8_gemm, fp8_gemm_wgrad
-from .fp8_quant import E4M3, TILE, quantize_blocks, quantize_tiles, quantize_tiles_both, quantize_tiles_transposed
+from .fp8_quant import (
+    E4M3,
+    TILE,
+    _empty,
+    quantize_blocks,
+    quantize_tiles,
+    quantize_tiles_both,
+    quantize_tiles_transposed,
+    transpose_blocks,
+)
 
 __all__ = ["fp8_linear", "fp8_linear_reference"]
 
@@ -56,25 +65,22 @@ def _fp8_linear(
 def _(
     x: Tensor, weight: Tensor, out_dtype: torch.dtype, for_x: bool, for_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows, width = weight.shape if for_x else (0, 0)
-    tokens, depth = x.shape if for_weight else (0, 0)
-    return (
-        x.new_empty(x.shape[0], weight.shape[0], dtype=out_dtype),
-        x.new_empty(rows, width, dtype=torch.uint8),
-        x.new_empty(-(-rows // TILE), -(-width // TILE), dtype=torch.float32),
-        x.new_empty(depth, tokens, dtype=torch.uint8),
-        x.new_empty(depth, -(-tokens // TILE), dtype=torch.float32),
-    )
+    w_shape, x_shape = weight.shape if for_x else (0, 0), x.shape[::-1] if for_weight else (0, 0)
+    y = x.new_empty(x.shape[0], weight.shape[0], dtype=out_dtype)
+    return y, *_empty(x, w_shape, TILE, TILE), *_empty(x, x_shape, 1, TILE)
 
 
 def _setup(ctx, inputs, output) -> None:
     x, weight, *_ = inputs
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else zeros of the codes' size would come back for them
     ctx.save_for_backward(*output[1:])
     ctx.dtypes = x.dtype, weight.dtype
 
 
 def _backward(ctx, dy, *_):
+    if dy is None:  # nothing came back
+        return (None,) * 5
     w_codes, w_scales, x_codes, x_scales = ctx.saved_tensors
     for_x, for_weight = ctx.needs_input_grad[:2]
     dx = dweight = None
@@ -84,8 +90,8 @@ def _backward(ctx, dy, *_):
         codes, scales = quantize_tiles(dy)
     else:
         dy_codes, dy_scales = quantize_tiles_transposed(dy)
-    if for_x:  # blocks are square: only their codes turn
-        dx = fp8_gemm(codes, scales, w_codes.T.contiguous().view(E4M3), w_scales.T, ctx.dtypes[0])
+    if for_x:
+        dx = fp8_gemm(codes, scales, *transpose_blocks(w_codes, w_scales), ctx.dtypes[0])
     if for_weight and dy.shape[0]:
         dweight = fp8_gemm_wgrad(dy_codes, dy_scales, x_codes.view(E4M3), x_scales).to(ctx.dtypes[1])
     elif for_weight:

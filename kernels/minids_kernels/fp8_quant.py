@@ -47,6 +47,7 @@ __all__ = [
     "quantize_tiles_transposed",
     "quantize_tiles_transposed_reference",
     "scales_of",
+    "transpose_blocks",
 ]
 
 ScaleFormat = Literal["fp32", "ue8m0"]
@@ -99,6 +100,15 @@ def quantize_tiles_both_reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Plain PyTorch: what `quantize_tiles_reference` and `quantize_tiles_transposed_reference` give."""
     return *quantize_tiles_reference(x, scale_format), *quantize_tiles_transposed_reference(x, scale_format)
+
+
+# --- for rooms that multiply ------------------------------------------------------------------------------------------
+
+
+def transpose_blocks(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantize_blocks` of w.T from those of w [N, K], whose codes may come as uint8: blocks are square, so that only
+    codes turn."""
+    return codes.view(torch.uint8).T.contiguous().view(E4M3), scales.T
 
 
 # --- for kernels, here and in rooms that fuse quantisation ------------------------------------------------------------
