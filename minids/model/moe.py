@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from minids_kernels import moe_experts, moe_gate, swiglu
+from minids_kernels import fp8_mlp, moe_experts, moe_gate, swiglu
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from minids.config import ModelConfig
-from minids.precision import in_fp8, linear, product_dtype
+from minids.precision import in_fp8, product_dtype
 
 
 class _LinearBeside(torch.autograd.Function):
@@ -72,7 +72,9 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(swiglu(linear(x, self._gate_up())), self.down_proj.weight)
+        if in_fp8():
+            return fp8_mlp(x, self._gate_up(), self.down_proj.weight)
+        return self.down_proj(swiglu(F.linear(x, self._gate_up())))
 
     def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The same, and x for its next reader."""

@@ -16,12 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import minids.model.moe
 from minids import precision
 from minids.cli import main
 from minids.config import PretrainConfig
 from minids.errors import Interrupted
-from minids.model import DeepseekV3
+from minids.model import DeepseekV3, moe
 from minids.precision import autocast, in_fp8, pick_dtype
 from minids.train import loop
 from minids.train.checkpoint import latest_checkpoint, read_state
@@ -104,14 +103,19 @@ def test_linear_layers_of_blocks_and_nothing_else(dtype: str, monkeypatch: pytes
         seen(weight)
         return real_linear(x, weight)
 
+    def fp8_mlp(x: Tensor, *weights: Tensor) -> Tensor:
+        seen(*weights)
+        return real_mlp(x, *weights)
+
     def moe_experts(*args: Tensor, fp8: bool) -> Tensor:
         if fp8:
             seen(*args[3:])
         return real_experts(*args, fp8=fp8)
 
-    real_linear, real_experts = precision.fp8_linear, minids.model.moe.moe_experts
+    real_linear, real_mlp, real_experts = precision.fp8_linear, moe.fp8_mlp, moe.moe_experts
     monkeypatch.setattr(precision, "fp8_linear", fp8_linear)
-    monkeypatch.setattr(minids.model.moe, "moe_experts", moe_experts)
+    monkeypatch.setattr(moe, "fp8_mlp", fp8_mlp)
+    monkeypatch.setattr(moe, "moe_experts", moe_experts)
     losses(model, pick_dtype(dtype, CPU)).backward()
     expected: list[list[str]] = []
     for layer, is_moe in ((0, False), (1, True), (2, True)) if dtype == "fp8" else ():  # the last is the MTP module's
@@ -124,7 +128,7 @@ def test_linear_layers_of_blocks_and_nothing_else(dtype: str, monkeypatch: pytes
             [attention + "o_proj.weight"],
         ]
         dense = mlp + "shared_experts." if is_moe else mlp
-        expected += [[dense + "gate_proj.weight", dense + "up_proj.weight"], [dense + "down_proj.weight"]]
+        expected.append([dense + f"{part}_proj.weight" for part in ("gate", "up", "down")])
         if is_moe:
             expected.append([mlp + "experts.gate_up_proj", mlp + "experts.down_proj"])
     assert calls == [set(group) for group in expected]
