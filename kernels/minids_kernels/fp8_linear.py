@@ -22,7 +22,7 @@ from .fp8_gemm import fp8_gemm, fp8_gemm_wgrad
 from .fp8_quant import (
     E4M3,
     TILE,
-    _empty,
+    empty_codes,
     quantize_blocks,
     quantize_tiles,
     quantize_tiles_both,
@@ -67,7 +67,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     w_shape, x_shape = weight.shape if for_x else (0, 0), x.shape[::-1] if for_weight else (0, 0)
     y = x.new_empty(x.shape[0], weight.shape[0], dtype=out_dtype)
-    return y, *_empty(x, w_shape, TILE, TILE), *_empty(x, x_shape, 1, TILE)
+    return y, *empty_codes(x, w_shape, TILE, TILE), *empty_codes(x, x_shape, 1, TILE)
 
 
 def _setup(ctx, inputs, output) -> None:

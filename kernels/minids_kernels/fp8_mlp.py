@@ -19,7 +19,7 @@ from .fp8_gemm import fp8_gemm, fp8_gemm_wgrad
 from .fp8_quant import (
     E4M3,
     TILE,
-    _empty,
+    empty_codes,
     quantize_blocks,
     quantize_tiles,
     quantize_tiles_both,
@@ -64,8 +64,8 @@ def _(x: Tensor, w_gate_up: Tensor, w_down: Tensor, dtype: torch.dtype, keep: bo
     if not keep:
         return y, []
     gate_up = x.new_empty(x.shape[0], w_gate_up.shape[0], dtype=dtype)
-    weights = (t for w in (w_gate_up, w_down) for t in _empty(x, w.shape, TILE, TILE))
-    return y, [gate_up, *_empty(x, x.shape[::-1], 1, TILE), *weights]
+    weights = (t for w in (w_gate_up, w_down) for t in empty_codes(x, w.shape, TILE, TILE))
+    return y, [gate_up, *empty_codes(x, x.shape[::-1], 1, TILE), *weights]
 
 
 def _setup(ctx, inputs, output) -> None:

@@ -260,7 +260,7 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def _empty(x: Tensor, shape: Sequence[int], tile_m: int, tile: int) -> tuple[Tensor, Tensor]:
+def empty_codes(x: Tensor, shape: Sequence[int], tile_m: int, tile: int) -> tuple[Tensor, Tensor]:
     """Codes of `shape` [M, K] as uint8 and scales for tiles of [tile_m, tile], unwritten, where x lies."""
     rows, cols = shape
     scales = x.new_empty(-(-rows // tile_m), -(-cols // tile), dtype=torch.float32)
@@ -277,7 +277,7 @@ def _tile_config(kernel: str, x: Tensor, tile: int) -> dict[str, int]:
 def _triton_tiles(x: Tensor, tile: int, ue8m0: bool, deepseek: bool) -> tuple[Tensor, Tensor]:
     m, k = x.shape
     x = _rows(x)
-    codes, scales = _empty(x, (m, k), 1, tile)
+    codes, scales = empty_codes(x, (m, k), 1, tile)
     config = _tile_config("quantize_tiles", x, tile)
     grid = triton.cdiv(m, config["ROWS"]), triton.cdiv(scales.shape[1], config["GROUPS"])
     _launch.launch(
@@ -289,7 +289,7 @@ def _triton_tiles(x: Tensor, tile: int, ue8m0: bool, deepseek: bool) -> tuple[Te
 
 def _triton_blocks(w: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
     w = _rows(w)
-    codes, scales = _empty(w, w.shape, TILE, TILE)
+    codes, scales = empty_codes(w, w.shape, TILE, TILE)
     config = _launch.config("fp8_quant", "quantize_blocks", _launch.arch(w), N=w.shape[0], K=w.shape[1])
     _launch.launch(
         _quantize_blocks_kernel, tuple(scales.shape), w, codes, scales, *w.shape, w.stride(0),
@@ -301,7 +301,7 @@ def _triton_blocks(w: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
 def _triton_transposed(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
     m, k = x.shape
     x = _rows(x)
-    codes, scales = _empty(x, (k, m), 1, TILE)
+    codes, scales = empty_codes(x, (k, m), 1, TILE)
     config = _launch.config("fp8_quant", "quantize_tiles_transposed", _launch.arch(x), K=k)
     _launch.launch(
         _quantize_transposed_kernel, (triton.cdiv(m, TILE), triton.cdiv(k, config["COLS"])),
@@ -426,22 +426,22 @@ def _dequantize(codes: Tensor, scales: Tensor, tile_m: int, tile: int, dtype: to
 
 @_quantize_tiles.register_fake
 def _(x: Tensor, tile: int, ue8m0: bool, deepseek: bool) -> tuple[Tensor, Tensor]:
-    return _empty(x, x.shape, 1, tile)
+    return empty_codes(x, x.shape, 1, tile)
 
 
 @_quantize_blocks.register_fake
 def _(w: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
-    return _empty(w, w.shape, TILE, TILE)
+    return empty_codes(w, w.shape, TILE, TILE)
 
 
 @_quantize_tiles_transposed.register_fake
 def _(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
-    return _empty(x, x.shape[::-1], 1, TILE)
+    return empty_codes(x, x.shape[::-1], 1, TILE)
 
 
 @_quantize_tiles_both.register_fake
 def _(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return *_empty(x, x.shape, 1, TILE), *_empty(x, x.shape[::-1], 1, TILE)
+    return *empty_codes(x, x.shape, 1, TILE), *empty_codes(x, x.shape[::-1], 1, TILE)
 
 
 @_dequantize.register_fake

@@ -64,9 +64,12 @@ tricky = st.lists(
     ),
     max_size=6,
 ).map("".join)
-ordinary = st.lists(
-    st.one_of(st.text(), st.sampled_from([*SENTENCES, "\r", "\n ", "12", "{%x%}", "<b>"])), max_size=4
-).map("".join)
+# without special tokens, which hypothesis may take from the code's own strings: transformers obeys those in messages
+ordinary = (
+    st.lists(st.one_of(st.text(), st.sampled_from([*SENTENCES, "\r", "\n ", "12", "{%x%}", "<b>"])), max_size=4)
+    .map("".join)
+    .filter(lambda text: not any(token in text for token in SPECIAL_TOKENS))
+)
 
 
 # text and bytes
