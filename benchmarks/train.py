@@ -9,9 +9,10 @@ sides start from the same weights and see the same batches, which lie on the CPU
 anything is timed. Warm-up runs each side in every precision; only its fastest goes on to the timed rounds, so that
 nobody's caches are cleared by what does not count. fp8, if asked for, is a side of its own, "minids fp8": peers have
 none, and the ratio stays that of ours in fp32 or bf16. On a GPU our forward and backward are one CUDA graph from the
-second step on, as in `minids pretrain`. Times are by the clock, on a GPU from an idle device to an idle device. Prints
-one JSON object with tokens/s (medians; of the warm-up the fastest step) and the ratio. --out is written after each
-round, so that a run that is cut off leaves the rounds it had; each step's seconds go to stderr.
+second step on, and their kernels are compiled side by side before the first, as in `minids pretrain`. Times are by the
+clock, on a GPU from an idle device to an idle device. Prints one JSON object with tokens/s (medians; of the warm-up the
+fastest step) and the ratio. --out is written after each round, so that a run that is cut off leaves the rounds it had;
+each step's seconds go to stderr.
 
 On a GPU the object also has, by side, the seconds of the first step (compilers included; caches of earlier runs count)
 and the peak of memory, as if the side were alone; the ratio to each side; `moe_to_dense`, our step's time over that of
@@ -39,6 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from minids_kernels import precompile
 from torch.autograd import DeviceType
 
 from benchmarks import timing
@@ -106,6 +108,9 @@ class Side:
         others = self._others_bytes()
         synchronize(self.device)
         start = time.perf_counter()
+        if isinstance(self.gradients, Recorded) and not self.seconds:
+            precompile(lambda: self._gradients([batch], None))
+            self.optimizer.zero_grad()
         loss = self.train_step(batch)
         synchronize(self.device)
         self.seconds.append(time.perf_counter() - start)

@@ -50,9 +50,10 @@ def precompile(call: Callable[[], Any]) -> int:
     """Runs `call` without launching any kernel of this package, and compiles those that it would have launched; returns
     how many different ones. They lie in Triton's caches then, in memory too: running the call launches at once.
 
-    The call's results mean nothing, and what it writes to outside (parameters' gradients) is the caller's to throw
-    away. Operators of PyTorch's run as ever. A kernel that cannot be compiled is left to raise when it is launched.
-    Nothing is launched, and so nothing compiled, where PyTorch serves the call's tensors or kernels are interpreted.
+    The call is eager code: what torch.compile made goes past these zeros. Its results mean nothing, and what it writes
+    to outside (parameters' gradients) is the caller's to throw away. Operators of PyTorch's run as ever. A kernel that
+    cannot be compiled is left to raise when it is launched. Nothing is launched, and so nothing compiled, where PyTorch
+    serves the call's tensors; where kernels are interpreted the call is not made.
     """
     if not _launch.HAS_TRITON or _launch.INTERPRETED:
         return 0
