@@ -29,7 +29,7 @@ INSTEAD = {
 }
 
 
-class _Zeros(TorchFunctionMode):
+class Zeros(TorchFunctionMode):
     """New tensors are zeros: what a kernel did not write is valid wherever it is used as an index."""
 
     def __torch_function__(
@@ -67,7 +67,7 @@ def precompile(call: Callable[[], Any]) -> int:
         with (
             triton.AsyncCompileMode(pool, ignore_errors=True),
             _launch.launched_by(compile_only),
-            _Zeros(),
+            Zeros(),
             torch.autograd.set_multithreading_enabled(False),  # the modes hold for this thread alone
         ):
             call()
