@@ -40,7 +40,18 @@ except ImportError:  # no wheels for Windows and macOS: kernels are defined ther
 else:
     HAS_TRITON = True
 
-__all__ = ["HAS_TRITON", "arch", "config", "launch", "multiprocessors", "queued", "tl", "triton", "use_triton"]
+__all__ = [
+    "HAS_TRITON",
+    "arch",
+    "config",
+    "launch",
+    "launched_by",
+    "multiprocessors",
+    "queued",
+    "tl",
+    "triton",
+    "use_triton",
+]
 
 BACKENDS = ("", "triton", "torch")
 BACKEND = os.environ.get("MINIDS_KERNELS", "")  # forces one for all tensors; "" chooses by the tensor's device

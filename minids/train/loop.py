@@ -241,7 +241,10 @@ class Trainer:
         state = self.task.state()
         batches = [self.task.next_batch()]
         self.task.load_state(state)
-        precompile(lambda: self._gradients(batches, self._window(batches)))
+        try:
+            precompile(lambda: self._gradients(batches, self._window(batches)))
+        except Exception as error:  # the step compiles what it needs, and raises what stays wrong
+            note(f"kernels are compiled one after the other: {type(error).__name__}: {error}")
         self.optimizer.zero_grad()
 
     def optimizer_step(self) -> dict[str, float]:

@@ -142,7 +142,8 @@ def test_an_interrupted_run_ends_like_one_never_interrupted(folder, tmp_path, mo
     tiny.assert_same_run(config.out, folder / "whole")
 
 
-def test_compiling_before_the_first_step_leaves_no_trace(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [None, TypeError("of another Triton")])
+def test_compiling_before_the_first_step_leaves_no_trace(folder, tmp_path, monkeypatch, capsys, error):
     config = tiny.pretrain_config(folder, "")
     config.out = str(tmp_path / "run")
     calls, original = [], Trainer.evaluate
@@ -152,10 +153,16 @@ def test_compiling_before_the_first_step_leaves_no_trace(folder, tmp_path, monke
             self.precompile()
         return original(self)
 
-    monkeypatch.setattr(loop, "precompile", lambda call: calls.append(call()))
+    def precompile(call):
+        calls.append(call())
+        if error:
+            raise error
+
+    monkeypatch.setattr(loop, "precompile", precompile)
     monkeypatch.setattr(Trainer, "evaluate", evaluate)
     pretrain(config)
     assert len(calls) == 1
+    assert ("compiled one after the other: TypeError: of another Triton" in capsys.readouterr().err) == bool(error)
     tiny.assert_same_run(config.out, folder / "whole")
 
 
