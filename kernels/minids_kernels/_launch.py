@@ -140,23 +140,22 @@ def queued(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) ->
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
     """kernel[grid](*args, **kwargs) on the device of its first tensor; nothing at all for an empty grid."""
-    if 0 in grid:
-        return
     first = next(x for x in args if isinstance(x, Tensor))
     with torch.cuda.device_of(first) if first.is_cuda else contextlib.nullcontext():
         _launched_by(kernel, grid, *args, **kwargs)
 
 
-def _run(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
-    kernel[grid](*args, **kwargs)
+def run(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
+    if 0 not in grid:
+        kernel[grid](*args, **kwargs)
 
 
-_launched_by: Callable[..., None] = _run
+_launched_by: Callable[..., None] = run
 
 
 @contextlib.contextmanager
 def launched_by(call: Callable[..., None]) -> Iterator[None]:
-    """Has `call(kernel, grid, *args, **kwargs)` in the place of every launch."""
+    """Has `call(kernel, grid, *args, **kwargs)` in the place of `run` for every launch, those of empty grids too."""
     global _launched_by
     former, _launched_by = _launched_by, call
     try:

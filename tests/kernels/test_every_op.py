@@ -129,11 +129,23 @@ def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tup
     if name != request.param:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         monkeypatch.setattr(importlib.import_module("minids_kernels._launch"), "BACKEND", "triton")
+    op, inputs = _case(name, monkeypatch)
+    return op, [x.to(device) for x in inputs]
+
+
+@pytest.fixture(params=CASES)
+def wide(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[Op, list[Tensor]]:
+    """The same in fp64, which is PyTorch's on every device."""
+    op, inputs = _case(request.param, monkeypatch)
+    return op, leaves([x.double() for x in inputs])
+
+
+def _case(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Op, list[Tensor]]:
     op, inputs = CASES[name]
     if "computed again" in name:
         monkeypatch.setattr(importlib.import_module("minids_kernels.cross_entropy"), "KEPT_ELEMENTS", 0)
         monkeypatch.setattr(importlib.import_module("minids_kernels._mla_attention_torch"), "KEPT_ELEMENTS", 0)
-    return op, [x.to(device) for x in inputs()]
+    return op, inputs()
 
 
 def assert_same(one: tuple[Tensor, list[Tensor]], other: tuple[Tensor, list[Tensor]]) -> None:
@@ -147,10 +159,9 @@ def assert_equal_but_for_rounding(one: tuple[Tensor, list[Tensor]], other: tuple
         assert_near(a, b.double(), error_bound(torch.float32, 16, TOKENS))
 
 
-def test_gradients_by_finite_differences(case: tuple[Op, list[Tensor]]) -> None:
-    """In fp64, which is PyTorch's on every device."""
-    op, inputs = case
-    assert torch.autograd.gradcheck(op, leaves([x.cpu().double() for x in inputs]), atol=1e-7)
+def test_gradients_by_finite_differences(wide: tuple[Op, list[Tensor]]) -> None:
+    op, inputs = wide
+    assert torch.autograd.gradcheck(op, inputs, atol=1e-7)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -221,17 +232,16 @@ def test_backward_may_run_twice(case: tuple[Op, list[Tensor]]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_second_derivatives_are_right_or_refused(case: tuple[Op, list[Tensor]]) -> None:
+def test_second_derivatives_are_right_or_refused(wide: tuple[Op, list[Tensor]]) -> None:
     """No op has a gradient of its gradient that is silently wrong."""
-    op, inputs = case
-    wide = leaves([x.cpu().double() for x in inputs])
+    op, inputs = wide
     try:
-        grads = torch.autograd.grad(op(*wide).square().sum(), wide, create_graph=True)
+        grads = torch.autograd.grad(op(*inputs).square().sum(), inputs, create_graph=True)
         torch.stack([g.square().sum() for g in grads]).sum().backward()
     except RuntimeError as error:
         assert "once_differentiable" in str(error) or "no autograd formula was registered" in str(error)
     else:
-        assert torch.autograd.gradgradcheck(op, wide, atol=1e-6)
+        assert torch.autograd.gradgradcheck(op, inputs, atol=1e-6)
 
 
 def test_inputs_that_want_no_gradient(case: tuple[Op, list[Tensor]]) -> None:

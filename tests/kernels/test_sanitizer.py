@@ -179,7 +179,7 @@ def test_no_kernel_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 def run() -> None:
     """On the GPU, under the sanitizer."""
     torch.manual_seed(0)
-    launched(torch.device("cuda"), _launch._run)
+    launched(torch.device("cuda"), _launch.run)
     torch.cuda.synchronize()
 
 
