@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -118,20 +119,20 @@ def sleeps(x: Tensor) -> Tensor:
 
 def test_one_that_takes_too_long_is_cut_off_and_not_tried_again(capfd: pytest.CaptureFixture[str]) -> None:
     slow: set[str] = set()
-    first, second = (rows_of({"tuner": timed(sleeps), "eager": timed(square)}, None, 0.1, slow) for _ in range(2))
+    first, second = (rows_of({"tuner": timed(sleeps), "eager": timed(square)}, None, 1, slow) for _ in range(2))
     assert [rows["tuner"]["status"] for rows in (first, second)] == ["failed", "failed"]
-    assert first["tuner"]["reason"] == "first call took longer than 0.1 s"
+    assert first["tuner"]["reason"] == "first call took longer than 1 s"
     assert second["tuner"]["reason"] == "took too long in an earlier case"
     assert all(rows[name]["status"] == "timed" for rows in (first, second) for name in (OURS, "eager"))
     begun = [line for line in capfd.readouterr().err.splitlines() if line.startswith("fake fwd M=8 N=4 float32 | ref")]
-    assert ["| tuner 0.1 s | eager 0.0 s | timing" in line for line in begun] == [True, False]
+    assert [bool(re.search(r"\| tuner 1\.\d s \| eager 0\.\d s \| timing", x)) for x in begun] == [True, False]
 
 
 def test_ours_is_cut_off_too_and_tried_again() -> None:
     slow: set[str] = set()
     for _ in range(2):
-        rows = rows_of({OURS: timed(sleeps), "eager": timed(square)}, None, 0.1, slow)
-        assert rows[OURS]["reason"] == "first call took longer than 0.1 s" and rows["eager"]["status"] == "timed"
+        rows = rows_of({OURS: timed(sleeps), "eager": timed(square)}, None, 1, slow)
+        assert rows[OURS]["reason"] == "first call took longer than 1 s" and rows["eager"]["status"] == "timed"
 
 
 def test_warm_up_counts() -> None:
@@ -141,8 +142,8 @@ def test_warm_up_counts() -> None:
         count.append(1)
         return x * x if len(count) == 1 else sleeps(x)
 
-    row = rows_of({"peer": timed(stalls)}, limit=0.1)["peer"]
-    assert (row["status"], row["reason"]) == ("failed", "warm-up took longer than 0.1 s") and row["first_s"] < 0.1
+    row = rows_of({"peer": timed(stalls)}, limit=1)["peer"]
+    assert (row["status"], row["reason"]) == ("failed", "warm-up took longer than 1 s") and row["first_s"] < 1
 
 
 def test_a_compiler_is_cut_off() -> None:
