@@ -9,9 +9,14 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def check_dtype(name: str, x: Tensor, *allowed: torch.dtype) -> None:
+    if x.dtype not in allowed:
+        verb = "is" if len(allowed) == 1 else "are"
+        raise TypeError(f"{name}: got {x.dtype}, allowed {verb} {', '.join(map(str, allowed))}")
+
+
 def check_float(name: str, x: Tensor) -> None:
-    if x.dtype not in FLOATS:
-        raise TypeError(f"{name}: got {x.dtype}, allowed are {', '.join(map(str, FLOATS))}")
+    check_dtype(name, x, *FLOATS)
 
 
 def check_shape(name: str, x: Tensor, expected: tuple[int | None, ...]) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import as_rows, as_shape, check_shape, compute_dtype
+from ._checks import as_rows, as_shape, check_dtype, check_shape, compute_dtype
 from ._operator import operator
 from .fp8_gemm import fp8_gemm, fp8_gemm_wgrad
 from .fp8_quant import (
@@ -112,8 +112,7 @@ def fp8_linear(x: Tensor, weight: Tensor) -> Tensor:
     Raises TypeError for another dtype, ValueError for a weight that is not [N, K] or for K = 0.
     """
     for name, tensor in (("x", x), ("weight", weight)):
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name}: got {tensor.dtype}, allowed are {', '.join(map(str, DTYPES))}")
+        check_dtype(name, tensor, *DTYPES)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: got shape {tuple(x.shape)}, allowed is a last dimension of 1 or more")
     check_shape("weight", weight, (None, x.shape[-1]))

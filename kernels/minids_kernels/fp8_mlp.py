@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import as_rows, as_shape, check_shape, compute_dtype
+from ._checks import as_rows, as_shape, check_dtype, check_shape, compute_dtype
 from ._operator import operator
 from .fp8_gemm import fp8_gemm, fp8_gemm_wgrad
 from .fp8_quant import (
@@ -107,8 +107,7 @@ def fp8_mlp(x: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
     Raises TypeError for another dtype, ValueError for weights that are not [2F, K] and [N, F] or for K or F of 0.
     """
     for name, tensor in (("x", x), ("w_gate_up", w_gate_up), ("w_down", w_down)):
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name}: got {tensor.dtype}, allowed are {', '.join(map(str, DTYPES))}")
+        check_dtype(name, tensor, *DTYPES)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: got shape {tuple(x.shape)}, allowed is a last dimension of 1 or more")
     check_shape("w_down", w_down, (None, None))

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from . import _launch
-from ._checks import check_shape
+from ._checks import check_dtype, check_shape
 from ._launch import tl, triton
 from ._operator import operator
 from .fp8_gemm import (
@@ -450,16 +450,9 @@ _quantize_segments.register_fake(_empty_segments)
 # --- public ops -------------------------------------------------------------------------------------------------------
 
 
-def _check_dtype(name: str, x: Tensor, *allowed: torch.dtype) -> None:
-    if x.dtype not in allowed:
-        raise TypeError(
-            f"{name}: got {x.dtype}, allowed {'is' if len(allowed) == 1 else 'are'} {', '.join(map(str, allowed))}"
-        )
-
-
 def _check_offsets(offsets: Tensor, experts: int | None) -> None:
     check_shape("offsets", offsets, (None if experts is None else experts + 1,))
-    _check_dtype("offsets", offsets, torch.int32)
+    check_dtype("offsets", offsets, torch.int32)
     if offsets.shape[0] == 0:
         raise ValueError("offsets: got shape (0,), allowed is one number more than experts")
 
@@ -476,7 +469,7 @@ def _check_operands(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> N
         ("a_scale", a_scale, torch.float32),
         ("b_scale", b_scale, torch.float32),
     ):
-        _check_dtype(name, tensor, dtype)
+        check_dtype(name, tensor, dtype)
     _check_depth("a", a)
     *rows, width = a.shape
     groups = -(-width // GROUP)
@@ -517,9 +510,9 @@ def grouped_fp8_gemm_masked(
     check_shape("a", a, (b.shape[0], None, None))
     _check_operands(a, a_scale, b, b_scale)
     check_shape("counts", counts, (b.shape[0],))
-    _check_dtype("counts", counts, torch.int32)
+    check_dtype("counts", counts, torch.int32)
     check_shape("out", out, (*a.shape[:2], b.shape[1]))
-    _check_dtype("out", out, *OUT_DTYPES)
+    check_dtype("out", out, *OUT_DTYPES)
     if not out.is_contiguous():
         raise ValueError(f"out: got strides {out.stride()}, allowed is a contiguous tensor")
     _grouped_fp8_gemm_masked(a, a_scale, b, b_scale, counts, expected, out)
@@ -536,8 +529,8 @@ def grouped_fp8_gemm_wgrad(
     not int32, ValueError for shapes that do not fit.
     """
     for name, codes, scale in (("a", a, a_scale), ("b", b, b_scale)):
-        _check_dtype(name, codes, E4M3)
-        _check_dtype(f"{name}_scale", scale, torch.float32)
+        check_dtype(name, codes, E4M3)
+        check_dtype(f"{name}_scale", scale, torch.float32)
         check_shape(name, codes, (None, None if name == "a" else a.shape[1]))
         if codes.shape[1] % GROUP:
             raise ValueError(f"{name}: got shape {tuple(codes.shape)}, allowed are multiples of {GROUP} columns")
@@ -545,7 +538,7 @@ def grouped_fp8_gemm_wgrad(
     _check_offsets(offsets, None)
     if out is None:
         return _grouped_fp8_gemm_wgrad(a, a_scale, b, b_scale, offsets)
-    _check_dtype("out", out, torch.float32)
+    check_dtype("out", out, torch.float32)
     check_shape("out", out, (offsets.shape[0] - 1, a.shape[0], b.shape[0]))
     _grouped_fp8_gemm_wgrad_add(a, a_scale, b, b_scale, offsets, out)
     return out
@@ -562,11 +555,11 @@ def quantize_segments_transposed(
     Raises TypeError for another dtype, offsets that are not int32 or tokens that are not int64, ValueError for shapes
     that do not fit.
     """
-    _check_dtype("x", x, *OUT_DTYPES)
+    check_dtype("x", x, *OUT_DTYPES)
     check_shape("x", x, (None, None))
     _check_offsets(offsets, None)
     if token is not None:
         check_shape("token", token, (None,))
-        _check_dtype("token", token, torch.int64)
+        check_dtype("token", token, torch.int64)
     codes, scales = _quantize_segments(x, offsets, token)
     return codes.view(E4M3), scales

@@ -17,12 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import check_shape, compute_dtype
+from ._checks import check_dtype, check_shape, compute_dtype
 from ._operator import operator
 from .fp8_quant import E4M3, TILE, quantize_blocks, quantize_tiles
 from .grouped_fp8_gemm import (
     _check_depth,
-    _check_dtype,
     _check_offsets,
     _empty_segments,
     grouped_fp8_gemm,
@@ -124,8 +123,8 @@ def grouped_fp8_linear(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
 
     Raises TypeError for another dtype, ValueError for shapes that do not fit and for K or N of 0.
     """
-    _check_dtype("x", x, *DTYPES)
-    _check_dtype("w", w, *DTYPES)
+    check_dtype("x", x, *DTYPES)
+    check_dtype("w", w, *DTYPES)
     check_shape("x", x, (None, None))
     _check_depth("x", x)
     check_shape("w", w, (None, None, x.shape[1]))

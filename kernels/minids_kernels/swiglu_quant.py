@@ -24,6 +24,7 @@ from .fp8_quant import (
     TILE,
     ScaleFormat,
     _check_input,
+    empty_codes,
     encode_e4m3,
     native_e4m3,
     quantize_groups,
@@ -123,16 +124,10 @@ def _swiglu_backward_quant_kernel(
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 
-def _empty(x: Tensor, rows: int, width: int) -> tuple[Tensor, Tensor]:
-    """Codes [rows, width] as uint8 and scales for 1x128 tiles, unwritten, where x lies."""
-    scales = x.new_empty(rows, -(-width // TILE), dtype=torch.float32)
-    return x.new_empty(rows, width, dtype=torch.uint8), scales
-
-
 def _triton(gate_up: Tensor, weight: Tensor | None, ue8m0: bool) -> tuple[Tensor, Tensor]:
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     gate_up = _rows(gate_up)
-    codes, scales = _empty(gate_up, rows, width)
+    codes, scales = empty_codes(gate_up, (rows, width), 1, TILE)
     config = _launch.config("swiglu_quant", "swiglu_quant", _launch.arch(gate_up), N=width)
     _launch.launch(
         _swiglu_quant_kernel, (triton.cdiv(rows, config["ROWS"]), triton.cdiv(scales.shape[1], config["GROUPS"])),
@@ -145,8 +140,8 @@ def _triton(gate_up: Tensor, weight: Tensor | None, ue8m0: bool) -> tuple[Tensor
 def _triton_backward(dy: Tensor, gate_up: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, width = dy.shape
     dy, gate_up = _rows(dy), _rows(gate_up)
-    codes, scales = _empty(gate_up, rows, 2 * width)
-    codes_t, scales_t = _empty(gate_up, 2 * width, rows)
+    codes, scales = empty_codes(gate_up, (rows, 2 * width), 1, TILE)
+    codes_t, scales_t = empty_codes(gate_up, (2 * width, rows), 1, TILE)
     config = _launch.config("swiglu_quant", "swiglu_backward_quant", _launch.arch(gate_up), N=width)
     _launch.launch(
         _swiglu_backward_quant_kernel, (2 * triton.cdiv(scales.shape[1], 2), triton.cdiv(rows, TILE)),
@@ -192,13 +187,13 @@ def _swiglu_backward_quant(dy: Tensor, gate_up: Tensor, ue8m0: bool) -> tuple[Te
 
 @_swiglu_quant.register_fake
 def _(gate_up: Tensor, weight: Tensor | None, ue8m0: bool) -> tuple[Tensor, Tensor]:
-    return _empty(gate_up, gate_up.shape[0], gate_up.shape[1] // 2)
+    return empty_codes(gate_up, (gate_up.shape[0], gate_up.shape[1] // 2), 1, TILE)
 
 
 @_swiglu_backward_quant.register_fake
 def _(dy: Tensor, gate_up: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, width = gate_up.shape
-    return *_empty(gate_up, rows, width), *_empty(gate_up, width, rows)
+    return *empty_codes(gate_up, (rows, width), 1, TILE), *empty_codes(gate_up, (width, rows), 1, TILE)
 
 
 # --- public ops -------------------------------------------------------------------------------------------------------
