@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 
 # Set before torch and tokenizers are imported, and inherited by the processes that tests start.
-WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS))))
+# The process that starts pytest-xdist's workers comes through here first, and they inherit what it has set.
+CORES, WORKERS = os.cpu_count() or 1, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+THREADS = min(int(os.environ.get("OMP_NUM_THREADS", CORES)), max(1, CORES // WORKERS))
+os.environ["OMP_NUM_THREADS"] = str(THREADS)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"

@@ -56,6 +56,7 @@ __all__ = [
 BACKENDS = ("", "triton", "torch")
 BACKEND = os.environ.get("MINIDS_KERNELS", "")  # forces one for all tensors; "" chooses by the tensor's device
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+RUNS_GLUON = not INTERPRETED  # Triton's interpreter knows no Gluon; that of the tests does, and says so here
 
 if BACKEND not in BACKENDS:
     raise ValueError(f"MINIDS_KERNELS: got {BACKEND!r}, allowed are 'triton', 'torch' or nothing")

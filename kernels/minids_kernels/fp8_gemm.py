@@ -197,7 +197,7 @@ def _sum_parts_kernel(parts, out, numbers, PARTS: tl.constexpr, BLOCK: tl.conste
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 SUM_BLOCK = 1024  # numbers of a program that sums parts
-# in place of a launch by hand: for the interpreter, which cannot run it, and rows that descriptors cannot store
+# in place of a launch by hand: for Triton's interpreter, which cannot run it, and rows that descriptors cannot store
 PLAIN = dict(TMA=True, BLOCK_P=64, BLOCK_Q=128, BLOCK_K=128, STRIPE=8, STAGES=4, num_warps=4)
 
 
@@ -229,7 +229,7 @@ def _triton_gemm(
     table = "fp8_gemm" if blocks else "fp8_gemm_wgrad"
     config = dict(_launch.config("fp8_gemm", table, _launch.arch(a), M=a.shape[0], N=b.shape[0], K=a.shape[1]))
     if "GROUPS" in config:
-        if not _launch.INTERPRETED and (not blocks or out.shape[1] * out.element_size() % 16 == 0):
+        if _launch.RUNS_GLUON and (not blocks or out.shape[1] * out.element_size() % 16 == 0):
             from ._fp8_gemm_hopper import gemm, gemm_wgrad  # Gluon, which is experimental: imported where it serves
 
             if blocks:

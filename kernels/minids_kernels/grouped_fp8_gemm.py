@@ -242,10 +242,8 @@ def _fetched(
 
 
 def _by_hand(a: Tensor, b: Tensor, out: Tensor) -> bool:
-    """Whether descriptors can fetch codes a and b and store rows of `out`. The interpreter cannot run such launches."""
-    return (
-        not _launch.INTERPRETED and describable(a) and describable(b) and out.shape[-1] * out.element_size() % 16 == 0
-    )
+    """Whether descriptors can fetch codes a and b and store rows of `out`, and Gluon's kernels can run."""
+    return _launch.RUNS_GLUON and describable(a) and describable(b) and out.shape[-1] * out.element_size() % 16 == 0
 
 
 def _triton_gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor, out: Tensor) -> None:

@@ -38,9 +38,10 @@ def error_bound(dtype: torch.dtype, roundings: int, length: int) -> float:
     return roundings * torch.finfo(dtype).eps / 2 + math.sqrt(length) * torch.finfo(wide).eps
 
 
-def chip(arch: str) -> tuple[int, int]:
-    """ "sm_90" as torch.cuda.get_device_capability has it."""
-    return divmod(int(arch.removeprefix("sm_")), 10)
+def serves(arch: str, alone: bool) -> bool:
+    """Whether the machine's GPU runs what is meant for `arch` and, unless for it `alone`, newer chips."""
+    wanted, found = divmod(int(arch.removeprefix("sm_")), 10), torch.cuda.get_device_capability()
+    return found == wanted if alone else found >= wanted
 
 
 def tensor_core_error(device: torch.device, length: int) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ from minids_kernels.fp8_gemm import PLAIN
 from torch import Tensor
 from torch.library import opcheck
 
-from tests.kernels.numerics import LAYOUTS, assert_near, chip, error_bound, poisoned_memory, tensor_core_error
+from tests.kernels.gluon_interpreter import interpreted
+from tests.kernels.numerics import LAYOUTS, assert_near, error_bound, poisoned_memory, serves, tensor_core_error
 
 E4M3 = torch.float8_e4m3fn
 SHAPES = [(1, 1, 1), (0, 5, 3), (3, 0, 128), (17, 40, 127), (5, 133, 160), (66, 20, 257)]
@@ -37,26 +39,26 @@ WAYS = {
     "descriptors, parts": ("sm_90", dict(TILE, TMA=True, PARTS=3, BLOCK_P=64, BLOCK_Q=64, STAGES=2)),
     "descriptors, swapped parts": ("sm_90", dict(TILE, TMA=True, SWAP=True, PARTS=2, BLOCK_P=64, BLOCK_Q=16, STAGES=2)),
 }
-if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):  # the interpreter cannot run it
-    WAYS |= {
-        f"by hand, {groups} groups, {pieces}": ("sm_90", dict(GROUPS=groups, PIECES=pieces, STAGES=4, STRIPE=2))
-        for groups, pieces in ((2, 1), (2, 2), (3, 1))
-    }
+WAYS |= {
+    f"by hand, {groups} groups, {pieces}": ("sm_90", dict(GROUPS=groups, PIECES=pieces, STAGES=4, STRIPE=2))
+    for groups, pieces in ((2, 1), (2, 2), (3, 1))
+}
 
 
 @pytest.fixture(params=["torch", *WAYS])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The PyTorch path, then every kernel and form of launch. On a GPU, those of no newer chip."""
     name = str(request.param)
     monkeypatch.setattr(_launch, "BACKEND", "torch" if name == "torch" else "triton")
     if name != "torch":
         arch, config = WAYS[name]
-        if torch.cuda.is_available() and torch.cuda.get_device_capability() < chip(arch):
-            pytest.skip(f"the machine's GPU is older than {arch}")
+        if torch.cuda.is_available() and not serves(arch, "GROUPS" in config):
+            pytest.skip(f"the machine's GPU is not the {arch} of this launch")
         monkeypatch.setattr(_launch, "arch", lambda x: arch)
         wgrad = {k: v for k, v in config.items() if k != "PIECES"} | ({"GROUPS": 2} if "GROUPS" in config else {})
         monkeypatch.setattr(_launch, "config", lambda room, table, *_, **shape: wgrad if "wgrad" in table else config)
-    return name
+    with interpreted(0) if name.startswith("by hand") and not torch.cuda.is_available() else contextlib.nullcontext():
+        yield name
 
 
 @pytest.fixture
@@ -268,6 +270,26 @@ def test_one_graph_under_compile(way: str, device: torch.device) -> None:
         assert torch.equal(compiled(*tensors, out=out), fp8_gemm_wgrad(*tensors, out=torch.ones_like(out)))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU orders its warps itself")
+@pytest.mark.parametrize(("groups", "pieces"), [(2, 1), (2, 2), (3, 1)])
+def test_by_hand_in_any_order(groups: int, pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever warps go ahead, however late a copy or product is: the numbers of Triton's kernel, over several tiles a
+    program and more steps than the ring has buffers."""
+    monkeypatch.setattr(_launch, "BACKEND", "triton")
+    forward, gradient = operands(200, 528, 400, 128), operands(200, 528, 400, 1)
+    by_hand = dict(GROUPS=groups, PIECES=pieces, STAGES=2, STRIPE=2)
+    monkeypatch.setattr(_launch, "config", lambda *_, **__: PLAIN)
+    want, wanted = fp8_gemm(*forward, torch.float32), fp8_gemm_wgrad(*gradient)
+    monkeypatch.setattr(_launch, "config", lambda *_, **__: by_hand)
+    for seed in range(5):
+        with interpreted(seed), poisoned_memory():
+            assert torch.equal(fp8_gemm(*forward, torch.float32), want)
+    del by_hand["PIECES"]
+    for seed in range(5 if groups == 2 else 0):
+        with interpreted(seed), poisoned_memory():
+            assert torch.equal(fp8_gemm_wgrad(*gradient), wanted)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("groups", "pieces"), [(2, 1), (2, 2), (3, 1)])
@@ -275,8 +297,8 @@ def test_one_graph_under_compile(way: str, device: torch.device) -> None:
 def test_by_hand_sums_as_the_interpreted_kernel_does(
     shape: tuple[int, int, int], groups: int, pieces: int, out_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Triton's interpreter cannot run the Hopper kernel. It takes the same products and sums in the same order as the
-    one that the interpreter proves, so every number is the same, at every tail, in every run."""
+    """The Hopper kernel takes the same products and sums in the same order as Triton's, so every number is the same, at
+    every tail, in every run."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("for Hopper alone")
     m, n, k = shape

@@ -168,6 +168,7 @@ def test_no_kernel_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("no Triton here")
     monkeypatch.setattr(_launch, "BACKEND", "triton")
     monkeypatch.setattr(_launch, "INTERPRETED", False)
+    monkeypatch.setattr(_launch, "RUNS_GLUON", True)
     found = set()
     for arch in ("sm_89", "sm_90"):
         monkeypatch.setattr(_launch, "arch", lambda x, arch=arch: arch)
