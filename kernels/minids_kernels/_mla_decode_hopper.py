@@ -15,6 +15,10 @@ barrier's phase flips when all have arrived: the n-th use of a stage, from 0, wa
     q_full, q_empty         the query of a sequence is there; both groups have done with it
 Weights, maxima and sums need no barrier that frees them: their places are written again when the stage has been filled
 again, for which both groups have released it.
+
+fp8 rows are widened to bf16 by the fetching warps, in registers; the multiplying groups see no difference. A half's
+codes are loaded while those of the half before are widened, from L2, into which rows are fetched two blocks ahead: the
+warps' registers alone could not ask memory for enough at a time.
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import _launch
 from ._launch import tl
+from .mla_cache import row_fields
 
 __all__ = ["BLOCK_M", "BLOCK_N", "attend", "fits"]
 
@@ -47,7 +52,8 @@ ROTATED = gl.constexpr(64)  # columns that are key alone
 WIDTH = gl.constexpr(512)  # of values
 STAGES = gl.constexpr(2)
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # of the group's warps; renamed in Triton 3.7
-REGISTERS = gl.constexpr(232)  # of a multiplying thread; the fetching warps' have what is left, 40
+STRIP = gl.constexpr(64)  # columns of a strip of a half, whose rows lie side by side in shared memory
+REGISTERS, FP8_REGISTERS = gl.constexpr(232), gl.constexpr(208)  # of a multiplying thread; fetching ones have the rest
 
 
 @gluon.jit
@@ -86,11 +92,26 @@ def _blocks(seq_lens, sequence, room, unit, share, SEQUENCE_COST: gl.constexpr):
 
 
 @gluon.jit
-def _fetch(sources, buffers, barriers, table, table_stride, seq_lens, rows, room, stretch, SEQUENCE_COST: gl.constexpr):
+def _fetch_query(sources, buffers, barriers, before, q_phase):
+    """This program's rows of the query that lies behind `before` rows, once the last one's place is free."""
+    q, q_rest, _cache, _cache_rest = sources
+    q_buffer, q_rest_buffer, _values, _rotated, _sums = buffers
+    _full, _ready, _empty, q_full, q_empty = barriers
+    row = before + gl.program_id(0) * ROWS
+    mbarrier.wait(q_empty, q_phase ^ 1)
+    mbarrier.expect(q_full, ROWS * (2 * HALF + ROTATED) * 2)
+    tma.async_copy_global_to_shared(q, [row, 0], q_full, q_buffer.index(0))
+    tma.async_copy_global_to_shared(q, [row, HALF], q_full, q_buffer.index(1))
+    tma.async_copy_global_to_shared(q_rest, [row, 2 * HALF], q_full, q_rest_buffer)
+
+
+@gluon.jit
+def _fetch(sources, buffers, barriers, where, SEQUENCE_COST: gl.constexpr):
     """The fetching warps: the query of each sequence, its blocks in order."""
-    q, q_rest, cache, cache_rest = sources
-    q_buffer, q_rest_buffer, values, rotated, _sums = buffers
-    full, _ready, empty, q_full, q_empty = barriers
+    _q, _q_rest, cache, cache_rest = sources
+    table, table_stride, seq_lens, rows, room, stretch = where
+    _q_buffer, _q_rest_buffer, values, rotated, _sums = buffers
+    full, _ready, empty, _q_full, _q_empty = barriers
     first, last, unit, share = stretch
     turn, q_phase = gl.to_tensor(0), gl.to_tensor(0)
     for sequence in range(first, last):
@@ -109,12 +130,7 @@ def _fetch(sources, buffers, barriers, table, table_stride, seq_lens, rows, room
                 cache, [row, mine * HALF], full.index(2 * stage), values.index(2 * stage + mine)
             )
             if block == begin:
-                q_row = sequence * rows + gl.program_id(0) * ROWS
-                mbarrier.wait(q_empty, q_phase ^ 1)
-                mbarrier.expect(q_full, ROWS * (2 * HALF + ROTATED) * 2)
-                tma.async_copy_global_to_shared(q, [q_row, 0], q_full, q_buffer.index(0))
-                tma.async_copy_global_to_shared(q, [q_row, HALF], q_full, q_buffer.index(1))
-                tma.async_copy_global_to_shared(q_rest, [q_row, 2 * HALF], q_full, q_rest_buffer)
+                _fetch_query(sources, buffers, barriers, sequence * rows, q_phase)
                 q_phase ^= 1
             mbarrier.wait(empty.index(2 * stage + theirs), phase ^ 1)
             mbarrier.expect(full.index(2 * stage + 1), ROWS * (HALF + ROTATED) * 2)
@@ -125,6 +141,135 @@ def _fetch(sources, buffers, barriers, table, table_stride, seq_lens, rows, room
                 cache_rest, [row, 2 * HALF], full.index(2 * stage + 1), rotated.index(stage)
             )
             turn += 1
+
+
+# --- fetching fp8 rows ------------------------------------------------------------------------------------------------
+
+# four codes and their scale -> two pairs in bf16, each code times the scale in fp32
+WIDEN = gl.constexpr("""{
+    .reg .b16 codes<2>, half<4>;
+    .reg .b32 pair<2>;
+    .reg .f32 x<4>;
+    mov.b32 {codes0, codes1}, $2;
+    cvt.rn.f16x2.e4m3x2 pair0, codes0;
+    cvt.rn.f16x2.e4m3x2 pair1, codes1;
+    mov.b32 {half0, half1}, pair0;
+    mov.b32 {half2, half3}, pair1;
+    cvt.f32.f16 x0, half0;
+    cvt.f32.f16 x1, half1;
+    cvt.f32.f16 x2, half2;
+    cvt.f32.f16 x3, half3;
+    mul.f32 x0, x0, $3;
+    mul.f32 x1, x1, $3;
+    mul.f32 x2, x2, $3;
+    mul.f32 x3, x3, $3;
+    cvt.rn.bf16x2.f32 $0, x1, x0;
+    cvt.rn.bf16x2.f32 $1, x3, x2;
+}""")
+# $2 bytes from $1 on, by the first of a group's threads
+INTO_L2 = gl.constexpr("""{
+    .reg .u32 thread;
+    .reg .pred first;
+    mov.u32 thread, %tid.x;
+    setp.eq.u32 first, thread, 0;
+    @first cp.async.bulk.prefetch.L2.global [$1], $2;
+    mov.b32 $0, 0;
+}""")
+
+
+@gluon.jit
+def _places(cache, page, half, ROW_WORDS: gl.constexpr):
+    """Of half the columns of a page's values, where lie the codes of its first strip, four to a word [64, 16], and the
+    scales of its first tile [64]. Words, since Triton keeps a byte that a loop carries on in a register of its own."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0])
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)) * ROW_WORDS
+    column = gl.arange(0, STRIP // 4, gl.SliceLayout(0, LAYOUT))
+    start = cache + page.to(gl.int64) * (ROWS * ROW_WORDS)
+    codes = start + half * (HALF // 4) + (row.expand_dims(1) + column.expand_dims(0))
+    return codes, start + WIDTH // 4 + half * 2 + row
+
+
+@gluon.jit
+def _half(cache, page, half, ROW_WORDS: gl.constexpr):
+    """Half the columns of a page's values: codes of four strips, scales of two tiles."""
+    codes, scales = _places(cache, page, half, ROW_WORDS)
+    found: gl.tuple = ()
+    for strip in gl.static_range(4):
+        found += (gl.load(codes + strip * (STRIP // 4)),)
+    return found, (gl.load(scales), gl.load(scales + 1))
+
+
+@gluon.jit
+def _widen(now, values, cache, page, half, ROW_WORDS: gl.constexpr):
+    """Writes `now`, which `_half` gave, to values [64, 256], and gives what it gives of another half: loaded strip by
+    strip, as registers become free."""
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
+    codes, scales = _places(cache, page, half, ROW_WORDS)
+    strips = values._reinterpret(gl.int32, [4, ROWS, STRIP // 2], LAYOUT)
+    soon: gl.tuple = ()
+    for strip in gl.static_range(4):
+        words = now[0][strip]
+        scale = now[1][strip // 2].to(gl.float32, bitcast=True).expand_dims(1).broadcast_to(words.shape)
+        soon += (gl.load(codes + strip * (STRIP // 4)),)
+        pairs = gl.inline_asm_elementwise(
+            WIDEN, "=r,=r,r,f", [words, scale], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
+        )
+        strips.index(strip).store(gl.join(pairs[0], pairs[1]).reshape([ROWS, STRIP // 2]))
+    return soon, (gl.load(scales), gl.load(scales + 1))
+
+
+@gluon.jit
+def _into_l2(cache, page, ROW_WORDS: gl.constexpr):
+    """A page, from its first row to the end of its last, by one thread."""
+    start = cache + page.to(gl.int64) * (ROWS * ROW_WORDS)
+    size = gl.to_tensor(((ROWS - 1) * ROW_WORDS + WIDTH // 4 + 4 + ROTATED // 2) * 4)
+    gl.inline_asm_elementwise(
+        INTO_L2, "=r,l,r", [start.to(gl.int64), size], dtype=gl.int32, is_pure=False, pack=1
+    )  # fmt: skip
+
+
+@gluon.jit
+def _fetch_fp8(sources, buffers, barriers, where, SEQUENCE_COST: gl.constexpr, ROW_WORDS: gl.constexpr):
+    """As `_fetch`, from rows of ROW_WORDS words."""
+    _q, _q_rest, cache, cache_rest = sources
+    table, table_stride, seq_lens, rows, room, stretch = where
+    _q_buffer, _q_rest_buffer, values, rotated, _sums = buffers
+    full, _ready, empty, _q_full, _q_empty = barriers
+    first, last, unit, share = stretch
+    turn, q_phase = gl.to_tensor(0), gl.to_tensor(0)
+    for sequence in range(first, last):
+        _length, begin, end, units = _blocks(seq_lens, sequence, room, unit, share, SEQUENCE_COST)
+        unit += units
+        pages = table + sequence.to(gl.int64) * table_stride  # type: ignore[attr-defined]
+        page = gl.load(pages + begin, mask=begin < end, other=0)
+        soon = gl.load(pages + gl.minimum(begin + 1, end - 1), mask=begin < end, other=0)
+        now = _half(cache, page, turn & 1, ROW_WORDS)
+        for block in range(begin, end):
+            stage, phase = turn & 1, turn >> 1 & 1
+            mine, theirs = stage, stage ^ 1
+            later = gl.load(pages + gl.minimum(block + 2, end - 1))
+            mbarrier.wait(empty.index(2 * stage + mine), phase ^ 1)
+            now = _widen(now, values.index(2 * stage + mine), cache, page, theirs, ROW_WORDS)
+            fence_async_shared()
+            mbarrier.arrive(full.index(2 * stage), count=1)
+            _into_l2(cache, later, ROW_WORDS)
+            if block == begin:
+                _fetch_query(sources, buffers, barriers, sequence * rows, q_phase)
+                q_phase ^= 1
+            mbarrier.wait(empty.index(2 * stage + theirs), phase ^ 1)
+            mbarrier.expect(full.index(2 * stage + 1), ROWS * ROTATED * 2)
+            tma.async_copy_global_to_shared(
+                cache_rest, [page.to(gl.int32) * ROWS, 0], full.index(2 * stage + 1), rotated.index(stage)
+            )
+            # the other half is the one that the next block begins with
+            now = _widen(now, values.index(2 * stage + theirs), cache, soon, theirs, ROW_WORDS)
+            fence_async_shared()
+            mbarrier.arrive(full.index(2 * stage + 1), count=1)
+            page, soon = soon, later
+            turn += 1
+
+
+# --- multiplying ------------------------------------------------------------------------------------------------------
 
 
 @gluon.jit
@@ -255,13 +400,15 @@ def _mla_decode_hopper_kernel(
     q, q_rest, cache, cache_rest, table, seq_lens, out, lse, partial, partial_lse,
     batch, rows, heads, new, room, table_stride, score_scale,
     CAUSAL: gl.constexpr, BLOCK_B: gl.constexpr, LEAST: gl.constexpr, SEQUENCE_COST: gl.constexpr,
+    ROW_WORDS: gl.constexpr,
 ):  # fmt: skip
     """Program (m, p) as `mla_decode._mla_decode_kernel`'s. q and cache: rows of 576 numbers, described in boxes of
-    [64, 256], q_rest and cache_rest in boxes of [64, 64]."""
-    dtype: gl.constexpr = cache.dtype
+    [64, 256], q_rest and cache_rest in boxes of [64, 64]. With ROW_WORDS `cache` is rows of so many words, of fp8, and
+    cache_rest describes their rotated numbers."""
+    dtype: gl.constexpr = q.dtype
     q_buffer = gl.allocate_shared_memory(dtype, [2, ROWS, HALF], q.layout)
     q_rest_buffer = gl.allocate_shared_memory(dtype, [ROWS, ROTATED], q_rest.layout)
-    values = gl.allocate_shared_memory(dtype, [STAGES * 2, ROWS, HALF], cache.layout)
+    values = gl.allocate_shared_memory(dtype, [STAGES * 2, ROWS, HALF], q.layout)
     rotated = gl.allocate_shared_memory(dtype, [STAGES, ROWS, ROTATED], cache_rest.layout)
     sums = gl.allocate_shared_memory(gl.float32, [STAGES * 2, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [STAGES * 2, 1], mbarrier.MBarrierLayout())
@@ -270,28 +417,29 @@ def _mla_decode_hopper_kernel(
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES * 2):
-        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(full.index(i), count=1 + i % 2 if ROW_WORDS else 1)  # who widens arrives, and who announces bytes
         mbarrier.init(empty.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
     mbarrier.init(q_full, count=1)
     mbarrier.init(q_empty, count=2)
     fence_async_shared()
-    sources = (q, q_rest, cache, cache_rest)
     results = (out, lse, partial, partial_lse)
     buffers = (q_buffer, q_rest_buffer, values, rotated, sums)
     barriers = (full, ready, empty, q_full, q_empty)
     stretch = _stretch(seq_lens, batch, room, BLOCK_B, LEAST, SEQUENCE_COST)
     work = (results, buffers, barriers, seq_lens, rows, heads, new, room, stretch, score_scale)
-    gl.warp_specialize(
-        [
-            (_fetch, (sources, buffers, barriers, table, table_stride, seq_lens, rows, room, stretch, SEQUENCE_COST)),
-            (_multiply, (work, 0, CAUSAL, SEQUENCE_COST)),
-            (_multiply, (work, 1, CAUSAL, SEQUENCE_COST)),
-        ],
-        [4, 4],
-        [REGISTERS, REGISTERS],
-    )
+    where = (table, table_stride, seq_lens, rows, room, stretch)
+    zero, one = (work, 0, CAUSAL, SEQUENCE_COST), (work, 1, CAUSAL, SEQUENCE_COST)
+    sources = (q, q_rest, cache, cache_rest)
+    if ROW_WORDS:
+        widen = (sources, buffers, barriers, where, SEQUENCE_COST, ROW_WORDS)
+        gl.warp_specialize(
+            [(_fetch_fp8, widen), (_multiply, zero), (_multiply, one)], [4, 4], [FP8_REGISTERS, FP8_REGISTERS]
+        )
+    else:
+        fetch = (sources, buffers, barriers, where, SEQUENCE_COST)
+        gl.warp_specialize([(_fetch, fetch), (_multiply, zero), (_multiply, one)], [4, 4], [REGISTERS, REGISTERS])
 
 
 # --- launcher ---------------------------------------------------------------------------------------------------------
@@ -300,14 +448,15 @@ DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
 def fits(q: Tensor, kv_cache: Tensor, v_dim: int, scale: float) -> bool:
-    """Whether `attend` takes these: rows of 512 + 64 numbers in bf16 or fp16, on pages of 64 rows that lie evenly."""
-    _, page, width = kv_cache.shape
-    row_stride = kv_cache.stride(1)
+    """Whether `attend` takes these: rows of 512 + 64 numbers in bf16 or fp16, or fp8 rows of them beside q in bf16, on
+    pages of 64 rows that lie evenly."""
+    page, row_stride = kv_cache.shape[1], kv_cache.stride(1)
+    fp8 = kv_cache.dtype == torch.uint8
     return (
-        q.dtype in DTYPES
-        and (v_dim, width - v_dim, page) == (V_DIM, REST, BLOCK_N)
+        (q.dtype == torch.bfloat16 if fp8 else q.dtype in DTYPES)
+        and (v_dim, q.shape[3] - v_dim, page) == (V_DIM, REST, BLOCK_N)
         and kv_cache.stride() == (BLOCK_N * row_stride, row_stride, 1)
-        and row_stride % 8 == 0
+        and row_stride * kv_cache.element_size() % 16 == 0
         and kv_cache.numel() > 0
         and kv_cache.data_ptr() % 16 == 0
         and scale > 0
@@ -331,11 +480,16 @@ def attend(
     seq_lens and rows of block_table are contiguous."""
     batch, new, heads, width = q.shape
     rows, parts = new * heads, len(partial) // 2
-    queries, cached = q.view(-1, width), kv_cache.flatten(0, 1)
+    queries = q.view(-1, width)
+    fp8 = kv_cache.dtype == torch.uint8
+    rotary = row_fields(kv_cache, V_DIM)[2] if fp8 else kv_cache
+    words = kv_cache.view(torch.int32) if fp8 else kv_cache
     _launch.launch(
         _mla_decode_hopper_kernel, (cdiv(rows, BLOCK_M), parts if batch else 0),
-        _boxes(queries, V_DIM // 2), _boxes(queries, REST), _boxes(cached, V_DIM // 2), _boxes(cached, REST),
+        _boxes(queries, V_DIM // 2), _boxes(queries, REST),
+        words if fp8 else _boxes(kv_cache.flatten(0, 1), V_DIM // 2), _boxes(rotary.flatten(0, 1), REST),
         block_table, seq_lens, out, lse, partial, partial_lse,
         batch, rows, heads, new, block_table.shape[1] * BLOCK_N, block_table.stride(0), scale * math.log2(math.e),
-        CAUSAL=causal, BLOCK_B=max(128, next_power_of_2(batch)), LEAST=least, SEQUENCE_COST=sequence_cost, num_warps=4,
+        CAUSAL=causal, BLOCK_B=max(128, next_power_of_2(batch)), LEAST=least, SEQUENCE_COST=sequence_cost,
+        ROW_WORDS=words.stride(1) if fp8 else 0, num_warps=4,
     )  # fmt: skip

@@ -22,8 +22,8 @@ then read the block from shared memory as it came. BY_HAND: rows of 512 + 64 num
 `_mla_decode_hopper`, whose groups of warps take turns at softmax and products.
 
 A cache of bytes holds FlashMLA's fp8 rows (mla_cache.py writes either kind). A block of rows is widened to q's dtype in
-registers, code * scale, and multiplied as any other. On the Triton path with q in bf16 or fp16 and v_dim = Dc = 128,
-256 or 512; other rows take the PyTorch path.
+registers, code * scale, and multiplied as any other; by hand, beside q in bf16, by warps that do nothing else. On the
+Triton path with q in bf16 or fp16 and v_dim = Dc = 128, 256 or 512; other rows take the PyTorch path.
 
 The PyTorch path reads pages that follow each other in place, without a copy (fp8 rows are widened to one), and treats
 sequences of one length as one batch. Test: tests/kernels/test_mla_decode.py. Benchmark: benchmarks/ops/mla_decode.py.

@@ -23,6 +23,7 @@ import itertools
 import math
 import operator
 import random
+import re
 import threading
 import types
 from collections import deque
@@ -46,7 +47,6 @@ DTYPES = {
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
-SAME = ("mov.b32 $0, $1;", "shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;")  # assembly that gives what it gets
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
@@ -66,8 +66,8 @@ class Block:
     def shape(self) -> list[int]:
         return list(self.x.shape)
 
-    def to(self, dtype: Any) -> Block:
-        return Block(self.x.to(DTYPES[dtype]))
+    def to(self, dtype: Any, bitcast: bool = False) -> Block:
+        return Block(self.x.view(DTYPES[dtype]) if bitcast else self.x.to(DTYPES[dtype]))
 
     def expand_dims(self, axis: int) -> Block:
         return Block(self.x.unsqueeze(axis))
@@ -140,6 +140,9 @@ class Pointer:
 
     def __add__(self, offset: Any) -> Pointer:
         return Pointer(self.storage, self.place + offset)
+
+    def to(self, dtype: Any) -> Block:
+        return (self.place * self.storage.itemsize + self.storage.data_ptr()).to(dtype)
 
     def places(self, mask: Any) -> tuple[Tensor, Tensor]:
         """Of all lanes the places, of those that are masked 0; and the mask."""
@@ -568,10 +571,41 @@ def _scan(x: Block, axis: int, combine: Callable[[Block, Block], Block]) -> Bloc
     return Block(torch.stack([part.x for part in found], axis))
 
 
-def _assembly(text: str, constraints: str, args: Sequence[Block], **options: Any) -> Block:
-    if text not in SAME:
-        raise NotImplementedError(f"assembly: {text}")
-    return args[0]
+def _instruction(name: str, *given: Tensor) -> Tensor:
+    """One of PTX, on registers that are tensors of int16, int32, int64 or float32."""
+    match name:
+        case "mov.b32" | "shfl.sync.idx.b32":  # a number that is the same in all lanes
+            return given[0]
+        case "cvt.rn.f16x2.e4m3x2":
+            return given[0].unsqueeze(-1).view(torch.float8_e4m3fn).half().view(torch.int32).squeeze(-1)
+        case "cvt.f32.f16":
+            return given[0].view(torch.float16).float()
+        case "cvt.rn.bf16x2.f32":  # the upper half comes first
+            return torch.stack(given[::-1], -1).bfloat16().view(torch.int32).squeeze(-1)
+        case "mul.f32":
+            return given[0] * given[1]
+    raise NotImplementedError(name)
+
+
+def _assembly(text: str, constraints: str, args: Sequence[Block], dtype: Any, is_pure: bool, pack: int) -> Any:
+    """The statements one after the other, for all lanes."""
+    if "cp.async.bulk.prefetch" in text:  # changes nothing but when loads come back
+        return Block(torch.tensor(0, dtype=torch.int32))
+    outputs = constraints.count("=")
+    registers = {f"${outputs + i}": arg.x.contiguous() for i, arg in enumerate(args)}
+    for statement in text.strip().removeprefix("{").removesuffix("}").split(";"):
+        name, _, rest = statement.strip().partition(" ")
+        operands = re.findall(r"\{.*?\}|[^,\s]+", rest)
+        if name in ("", ".reg"):
+            continue
+        if operands[0].startswith("{"):
+            halves = registers[operands[1]].unsqueeze(-1).view(torch.int16).unbind(-1)
+            registers |= zip(re.findall(r"\w+", operands[0]), halves, strict=True)
+        else:
+            known = [registers.get(operand, torch.zeros(1, dtype=torch.int32)) for operand in operands[1:]]
+            registers[operands[0]] = _instruction(name, *known)
+    found = [Block(registers[f"${i}"]) for i in range(outputs)]
+    return found[0] if outputs == 1 else tuple(found)
 
 
 def _static_assert(condition: bool, message: str = "") -> None:
@@ -598,6 +632,7 @@ LANGUAGE = types.SimpleNamespace(
         fma=_of_tensors(lambda a, b, c: a * b + c),
         full=_filled,
         inline_asm_elementwise=_assembly,
+        join=lambda a, b: Block(torch.stack((a.x, b.x), -1)),
         load=_load,
         log2=_of_tensors(torch.log2),
         max=lambda x, axis: Block(x.x.amax(axis)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -332,8 +332,11 @@ BY_HAND = {
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU orders its warps itself")
 @pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("made", [problem, fp8_problem])
 @pytest.mark.parametrize("case", list(BY_HAND)[:5])
-def test_by_hand_in_any_order(case: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_by_hand_in_any_order(
+    case: str, made: Callable[..., tuple[Problem, list[Tensor]]], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whichever warps go ahead, however late a copy or product is. Partial results are combined by few programs, which
     take less time to interpret."""
     real, combine = room._launch.config, dict(SLOTS=2, NUMBERS=8192, num_warps=4)
@@ -342,9 +345,10 @@ def test_by_hand_in_any_order(case: str, seed: int, monkeypatch: pytest.MonkeyPa
         room._launch, "config", lambda *at, **shape: combine if "mla_decode_combine" in at else real(*at, **shape)
     )
     heads, new, lengths = BY_HAND[case]
-    dtype, causal = (torch.bfloat16, torch.float16)[seed % 2], seed < 2
+    dtype, causal = torch.float16 if seed % 2 and made is problem else torch.bfloat16, seed < 2
     lengths = [min(length, 400) for length in lengths]
-    (q, *cache), rows = problem(lengths, new, heads, *V3, 64, dtype, torch.device("cpu"))
+    (q, *cache), rows = made(lengths, new, heads, *V3, 64, dtype, torch.device("cpu"))
+    assert importlib.import_module("minids_kernels._mla_decode_hopper").fits(q, cache[0], V3[0], 0.5)
     with interpreted(seed), poisoned_memory():
         got = mla_decode(q, *cache, V3[0], 0.5, causal)
     assert_as_flash_mla(got, exact(q, rows, V3[0], 0.5, causal))
@@ -352,14 +356,21 @@ def test_by_hand_in_any_order(case: str, seed: int, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "all"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("made", "dtype"), [(problem, torch.bfloat16), (problem, torch.float16), (fp8_problem, torch.bfloat16)]
+)
 @pytest.mark.parametrize("case", BY_HAND.values(), ids=BY_HAND)
-def test_by_hand_as_flash_mla(case: tuple[int, int, list[int]], dtype: torch.dtype, causal: bool) -> None:
+def test_by_hand_as_flash_mla(
+    case: tuple[int, int, list[int]],
+    made: Callable[..., tuple[Problem, list[Tensor]]],
+    dtype: torch.dtype,
+    causal: bool,
+) -> None:
     """What fails to be written is NaN, as is all that is no row."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("for Hopper alone")
     heads, new, lengths = case
-    (q, *cache), rows = problem(lengths, new, heads, *V3, 64, dtype, torch.device("cuda"))
+    (q, *cache), rows = made(lengths, new, heads, *V3, 64, dtype, torch.device("cuda"))
     assert importlib.import_module("minids_kernels._mla_decode_hopper").fits(q, cache[0], V3[0], 0.5)
     with poisoned_memory():
         results = [mla_decode(q, *cache, V3[0], 0.5, causal) for _ in range(3)]
