@@ -150,6 +150,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """x [T, D] -> [T, D] and how tokens were routed."""
         ids, weight, scores, x = self.gate(x)
+        x = x.to(product_dtype(x))  # once for all experts
         if self.shared_experts is None:
             return self.experts(x, ids, weight), Routing(ids, scores)
         shared, x = self.shared_experts.beside(x)

@@ -161,6 +161,24 @@ def test_tokens_in_fp32_under_autocast() -> None:
         assert (rough - exact).norm() < 2**-6 * exact.norm()
 
 
+def test_tokens_are_cast_once_for_all_experts() -> None:
+    """Under autocast shared and routed experts keep the same copy of them."""
+    moe = MoE(model_config(60))
+    for p in moe.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    x = torch.linspace(-1, 1, 50 * 32).view(50, 32).sin()
+    copies: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        if torch.equal(tensor, x.bfloat16()):
+            copies.append(tensor)
+        return tensor
+
+    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        moe(x.clone().requires_grad_())
+    assert len(copies) == 2 and len({t.data_ptr() for t in copies}) == 1
+
+
 def test_shared_experts_see_every_token() -> None:
     """With routed experts silenced, what is left is the shared experts' dense layer, of n_shared_experts widths."""
     moe = MoE(model_config(60, n_shared_experts=2))
