@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from minids_kernels import fp8_linear
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 NAMED = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
 
@@ -52,9 +54,36 @@ def in_fp8() -> bool:
     return _fp8.get()
 
 
+def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """dy [T, N].T @ x [T, K] in `dtype`. A GPU rounds its fp32 sums to that alone, and needs no pass to widen them."""
+    if x.is_cuda and dtype == torch.float32 != x.dtype:
+        return torch.mm(dy.t(), x, out_dtype=dtype)
+    return (dy.t() @ x).to(dtype)
+
+
+class _Linear(torch.autograd.Function):
+    """x [T, K] @ weight [N, K].T -> [T, N] in x's dtype. The weight's gradient is `weight_gradient`'s."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.dtype, weight = weight.dtype, weight.to(x.dtype)
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return dy @ weight, weight_gradient(dy, x, ctx.dtype)
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """A linear layer of a block: x [..., K] @ weight [N, K].T -> [..., N]."""
-    return fp8_linear(x, weight) if in_fp8() else F.linear(x, weight)
+    """A linear layer of a block: x [T, K] @ weight [N, K].T -> [T, N]."""
+    if in_fp8():
+        return fp8_linear(x, weight)
+    if x.is_cuda and x.dtype == product_dtype(x) != weight.dtype:
+        return _Linear.apply(x, weight)
+    return F.linear(x, weight)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

@@ -188,8 +188,8 @@ def launches(arch: str, every: bool) -> list[tuple[str, Callable[[], Any]]]:
         x = torch.empty(tokens, width, dtype=DTYPE).requires_grad_()
         ids = torch.zeros(tokens, TOP_K, dtype=torch.int64)
         weight = torch.empty(tokens, TOP_K).requires_grad_()
-        w_gate_up = torch.empty(EXPERTS, 2 * inner, width, dtype=DTYPE).requires_grad_()
-        w_down = torch.empty(EXPERTS, width, inner, dtype=DTYPE).requires_grad_()
+        w_gate_up = torch.empty(EXPERTS, 2 * inner, width).requires_grad_()  # fp32, as training has them
+        w_down = torch.empty(EXPERTS, width, inner).requires_grad_()
         moe_experts(x, ids, weight, w_gate_up, w_down).backward(torch.empty(tokens, width, dtype=DTYPE))
 
     def forward(width: int, inner: int, tokens: int) -> None:

@@ -405,17 +405,19 @@ def grouped_swiglu(
 
 
 def grouped_outer(
-    a: Tensor, b: Tensor, offsets: Tensor, a_token: Tensor | None = None, b_token: Tensor | None = None
+    a: Tensor, b: Tensor, offsets: Tensor, a_token: Tensor | None = None, b_token: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
-    """a [T, M], b [T, N] -> [E, M, N]: a.T @ b of each segment, zero for an empty one. With `a_token`, `b_token` int64
-    [T] row t of that operand is that token's, which is not copied before."""
-    out = a.new_empty(offsets.shape[0] - 1, a.shape[1], b.shape[1])
+    """a [T, M], b [T, N] -> [E, M, N] in `dtype`, by default a's: a.T @ b of each segment, zero for an empty one. With
+    `a_token`, `b_token` int64 [T] row t of that operand is that token's, which is not copied before."""
+    out = a.new_empty(offsets.shape[0] - 1, a.shape[1], b.shape[1], dtype=dtype)
     if _launch.use_triton(a):
         _triton_outer(a, b, offsets, out, a_token, b_token)
-    else:
-        a, b = (x if token is None else x.index_select(0, token) for x, token in ((a, a_token), (b, b_token)))
-        _torch_outer(a, b, offsets, out)
-    return out
+        return out
+    a, b = (x if token is None else x.index_select(0, token) for x, token in ((a, a_token), (b, b_token)))
+    product = out if out.dtype == a.dtype else torch.empty_like(out, dtype=a.dtype)
+    _torch_outer(a, b, offsets, product)
+    return product.to(out.dtype)
 
 
 # --- registration -----------------------------------------------------------------------------------------------------

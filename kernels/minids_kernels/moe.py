@@ -259,13 +259,14 @@ def _triton_fwd(
 
 
 def _triton_bwd(
-    dout: Tensor, x: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, gate_up: Tensor, plan: MoePlan
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> dx [T, D], dweight [T * k] in the order of pairs, dw_gate_up, dw_down."""
+    dout: Tensor, x: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, gate_up: Tensor, plan: MoePlan,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> dx [T, D], dweight [T * k] in the order of pairs, dw_gate_up and dw_down in `dtype`."""
     dscaled = grouped_mm(dout, w_down.transpose(1, 2), plan.offsets, plan.token)
     scaled, dgate_up, dweight = _triton_activate_backward(dscaled, gate_up, topk_weight, plan.pair)
-    dw_down = grouped_outer(dout, scaled, plan.offsets, a_token=plan.token)
-    dw_gate_up = grouped_outer(dgate_up, x, plan.offsets, b_token=plan.token)
+    dw_down = grouped_outer(dout, scaled, plan.offsets, a_token=plan.token, dtype=dtype)
+    dw_gate_up = grouped_outer(dgate_up, x, plan.offsets, b_token=plan.token, dtype=dtype)
     drows = grouped_mm(dgate_up, w_gate_up.transpose(1, 2), plan.offsets)
     return _triton_combine(drows, plan.place, topk_weight.shape[1], None), dweight, dw_gate_up, dw_down
 
@@ -319,30 +320,33 @@ def _fp8_mm(rows: tuple[Tensor, Tensor], w: Sequence[Tensor], offsets: Tensor, d
 def _moe_experts(
     x: Tensor, topk_ids: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, fp8: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    """-> out [T, D]; for the backward: gate_up [T * k and _spare, 2F], no rows of it unless `keep`, the plan, and if
-    `fp8` what `_fp8_fwd` keeps of the weights. x and weights of one dtype unless `fp8`."""
+    """-> out [T, D]; for the backward: gate_up [T * k and _spare, 2F], no rows of it unless `keep`, the plan, and what
+    products take of the weights where that is not they themselves: what `_fp8_fwd` keeps, or they in x's dtype."""
     plan = plan_pairs(topk_ids, w_gate_up.shape[0])
-    codes: list[Tensor] = []
+    kept: list[Tensor] = []
     if fp8:
-        out, gate_up, codes = _fp8_fwd(x, topk_weight, w_gate_up, w_down, plan)
+        out, gate_up, kept = _fp8_fwd(x, topk_weight, w_gate_up, w_down, plan)
     else:
+        if w_gate_up.dtype != x.dtype:
+            w_gate_up, w_down = kept = [w_gate_up.to(x.dtype), w_down.to(x.dtype)]
         forward = _triton_fwd if _launch.use_triton(x) else _torch_fwd
         out, gate_up = forward(x, topk_weight, w_gate_up, w_down, plan, keep)
-    return out, gate_up if keep else gate_up.new_empty(0, gate_up.shape[1]), *plan, codes
+    return out, gate_up if keep else gate_up.new_empty(0, gate_up.shape[1]), *plan, kept
 
 
 @operator("moe_experts_backward")
 def _moe_experts_backward(
     dout: Tensor, x: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, gate_up: Tensor, offsets: Tensor,
-    place: Tensor, pair: Tensor, token: Tensor, codes: list[Tensor],
+    place: Tensor, pair: Tensor, token: Tensor, kept: list[Tensor], fp8: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> dx, dtopk_weight, dw_gate_up, dw_down."""
-    plan = MoePlan(offsets, place, pair, token)
-    if codes:
-        dx, dweight, *dw = _fp8_bwd(dout, x, topk_weight, codes, gate_up, plan)
+    plan, factors = MoePlan(offsets, place, pair, token), (kept[0], kept[1]) if kept else (w_gate_up, w_down)
+    if fp8:
+        dx, dweight, *dw = _fp8_bwd(dout, x, topk_weight, kept, gate_up, plan)
+    elif _launch.use_triton(x):
+        dx, dweight, *dw = _triton_bwd(dout, x, topk_weight, *factors, gate_up, plan, w_gate_up.dtype)
     else:
-        backward = _triton_bwd if _launch.use_triton(x) else _torch_bwd
-        dx, dweight, *dw = backward(dout, x, topk_weight, w_gate_up, w_down, gate_up, plan)
+        dx, dweight, *dw = _torch_bwd(dout, x, topk_weight, *factors, gate_up, plan)
     dw_gate_up, dw_down = (d.to(w.dtype) for d, w in zip(dw, (w_gate_up, w_down), strict=True))
     return dx, dweight.to(topk_weight.dtype).view_as(topk_weight), dw_gate_up, dw_down
 
@@ -354,34 +358,37 @@ def _(
     experts, width, _ = w_gate_up.shape
     pairs = topk_ids.shape[0] * topk_ids.shape[1]
     place, pair, token = (topk_ids.new_empty(pairs) for _ in range(3))
+    if fp8:
+        kept = [t for w in (w_gate_up, w_down) for t in empty_experts(w)]
+    else:
+        kept = [w.new_empty(w.shape, dtype=x.dtype) for w in (w_gate_up, w_down) if w.dtype != x.dtype]
     return (
         x.new_empty(x.shape), x.new_empty(pairs + (0 if fp8 else _spare(x)) if keep else 0, width),
-        x.new_empty(experts + 1, dtype=torch.int32), place, pair, token,
-        [t for w in (w_gate_up, w_down) for t in empty_experts(w)] if fp8 else [],
+        x.new_empty(experts + 1, dtype=torch.int32), place, pair, token, kept,
     )  # fmt: skip
 
 
 @_moe_experts_backward.register_fake
 def _(
     dout: Tensor, x: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, gate_up: Tensor, offsets: Tensor,
-    place: Tensor, pair: Tensor, token: Tensor, codes: list[Tensor],
+    place: Tensor, pair: Tensor, token: Tensor, kept: list[Tensor], fp8: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return tuple(t.new_empty(t.shape) for t in (x, topk_weight, w_gate_up, w_down))  # type: ignore[return-value]
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, _, topk_weight, w_gate_up, w_down, _, _ = inputs
-    _, *kept, codes = output
-    ctx.mark_non_differentiable(*kept, *codes)
+    x, _, topk_weight, w_gate_up, w_down, ctx.fp8, _ = inputs
+    _, *others, kept = output
+    ctx.mark_non_differentiable(*others, *kept)
     ctx.set_materialize_grads(False)  # else zeros of gate_up's size would come back for it
-    ctx.save_for_backward(x, topk_weight, w_gate_up, w_down, *kept, *codes)
+    ctx.save_for_backward(x, topk_weight, w_gate_up, w_down, *others, *kept)
 
 
 def _backward(ctx, dout, *_):
     if dout is None:  # nothing came back
         return (None,) * 7
     saved = ctx.saved_tensors
-    dx, dweight, dw_gate_up, dw_down = _moe_experts_backward(dout, *saved[:9], list(saved[9:]))
+    dx, dweight, dw_gate_up, dw_down = _moe_experts_backward(dout, *saved[:9], list(saved[9:]), ctx.fp8)
     return dx, None, dweight, dw_gate_up, dw_down, None, None
 
 
@@ -493,11 +500,12 @@ def moe_experts(
 ) -> Tensor:
     """x [T, D], topk_ids [T, k] int64, topk_weight [T, k], w_gate_up [E, 2F, D], w_down [E, D, F] -> [T, D], x's dtype.
 
-    Differentiable in x, topk_weight and both weights, once. Under autocast the products run in autocast's dtype. With
-    `fp8` all products, forward and backward, are of e4m3 codes: tokens and their gradients in tiles of 1x128, weights
-    in blocks of 128x128, quantised once a call from the dtype they have, in which their gradients come (DeepSeek-V3
-    report, section 3.3). Raises TypeError for a dtype that is no float (with `fp8` for fp64 too), ValueError when
-    shapes disagree.
+    Differentiable in x, topk_weight and both weights, once. Products run in x's dtype, under autocast in its own;
+    weights of another are rounded to it, and their gradients come in the one they have, by kernels without a rounding
+    to the products' in between. With `fp8` all products, forward and backward, are of e4m3 codes: tokens and their
+    gradients in tiles of 1x128, weights in blocks of 128x128, quantised once a call from the dtype they have
+    (DeepSeek-V3 report, section 3.3). Raises TypeError for a dtype that is no float (with `fp8` for fp64 too) and for
+    two weights of different dtypes, ValueError when shapes disagree.
     """
     check_float("x", x)
     check_shape("x", x, (None, None))
@@ -507,11 +515,11 @@ def moe_experts(
     check_shape("w_gate_up", w_gate_up, (experts, 2 * inner, width))
     check_ids(topk_ids, tokens)
     check_shape("topk_weight", topk_weight, tuple(topk_ids.shape))
+    if w_down.dtype != w_gate_up.dtype:
+        raise TypeError(f"w_down: got {w_down.dtype}, allowed is w_gate_up's {w_gate_up.dtype}")
     dtype = compute_dtype(x)
     if fp8 and dtype == torch.float64:
         raise TypeError("x: got torch.float64, allowed with fp8 are torch.float32, torch.bfloat16, torch.float16")
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, topk_weight, w_gate_up, w_down))
-    if not fp8:
-        w_gate_up, w_down = w_gate_up.to(dtype), w_down.to(dtype)
     out, *_ = _moe_experts(x.to(dtype), topk_ids, topk_weight, w_gate_up, w_down, fp8, keep)
     return out.to(x.dtype)

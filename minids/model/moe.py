@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from minids.config import ModelConfig
-from minids.precision import in_fp8, product_dtype
+from minids.precision import in_fp8, linear, product_dtype, weight_gradient
 
 
 class _LinearBeside(torch.autograd.Function):
@@ -36,7 +36,7 @@ class _LinearBeside(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
         rows, weight = ctx.saved_tensors
         dx = dx.addmm_(dy, weight) if dx.dtype == dy.dtype else dx.add_(dy @ weight)
-        return dx, (dy.t() @ rows).to(ctx.dtype)
+        return dx, weight_gradient(dy, rows, ctx.dtype)
 
 
 class _GateLogits(torch.autograd.Function):
@@ -59,7 +59,7 @@ class _GateLogits(torch.autograd.Function):
     def backward(ctx: Any, dlogits: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         dlogits = dlogits.to(x.dtype)
-        return dx.addmm_(dlogits, weight), torch.mm(dlogits.t(), x, out_dtype=torch.float32)
+        return dx.addmm_(dlogits, weight), weight_gradient(dlogits, x, torch.float32)
 
 
 class MLP(nn.Module):
@@ -74,14 +74,14 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if in_fp8():
             return fp8_mlp(x, self._gate_up(), self.down_proj.weight)
-        return self.down_proj(swiglu(F.linear(x, self._gate_up())))
+        return linear(swiglu(linear(x, self._gate_up())), self.down_proj.weight)
 
     def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The same, and x for its next reader."""
         if in_fp8():
             return self(x), x
         gate_up, x = _LinearBeside.apply(x, self._gate_up())
-        return self.down_proj(swiglu(gate_up)), x
+        return linear(swiglu(gate_up), self.down_proj.weight), x
 
     def _gate_up(self) -> Tensor:
         return torch.cat((self.gate_proj.weight, self.up_proj.weight))

@@ -9,11 +9,12 @@ import json
 import math
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minids import precision
@@ -21,7 +22,7 @@ from minids.cli import main
 from minids.config import PretrainConfig
 from minids.errors import Interrupted
 from minids.model import DeepseekV3, moe
-from minids.precision import autocast, in_fp8, pick_dtype
+from minids.precision import autocast, in_fp8, linear, pick_dtype
 from minids.train import loop
 from minids.train.checkpoint import latest_checkpoint, read_state
 from minids.train.loop import Trainer
@@ -73,6 +74,37 @@ def test_a_context_ends_with_its_block() -> None:
         assert in_fp8()
         raise KeyError
     assert not in_fp8() and not torch.is_autocast_enabled("cpu")
+
+
+# --- linear layers ----------------------------------------------------------------------------------------------------
+
+
+def of_linear(call: Callable[[Tensor, Tensor], Tensor], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Under autocast to bf16: the product, and the gradients of x in bf16 and of a weight in fp32."""
+    torch.manual_seed(0)
+    x, weight, dy = torch.randn(70, 40), torch.randn(24, 40), torch.randn(70, 24)
+    x, dy = (t.to(device, torch.bfloat16) for t in (x, dy))
+    x, weight = x.requires_grad_(), weight.to(device).requires_grad_()
+    with autocast(device, torch.bfloat16):
+        out = call(x, weight)
+    out.backward(dy)
+    assert x.grad is not None and weight.grad is not None
+    return out, x.grad, weight.grad
+
+
+def test_linear_does_as_autocast() -> None:
+    """The form that GPUs take, where libraries round a product to its operands' dtype: the same bits."""
+    for got, want in zip(of_linear(precision._Linear.apply, CPU), of_linear(F.linear, CPU), strict=True):
+        assert got.dtype == want.dtype and torch.equal(got, want)
+
+
+@pytest.mark.gpu
+def test_linear_rounds_no_gradient_of_an_fp32_weight() -> None:
+    device = torch.device("cuda")
+    (out, dx, dweight), (want, wanted_dx, rounded) = (of_linear(call, device) for call in (linear, F.linear))
+    assert torch.equal(out, want) and torch.equal(dx, wanted_dx)
+    assert dweight.dtype == torch.float32 and not torch.equal(dweight, rounded)
+    torch.testing.assert_close(dweight, rounded, rtol=2**-8, atol=2**-8 * rounded.abs().max().item() / 100)
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
