@@ -145,16 +145,29 @@ def tuning(device: torch.device) -> dict[str, Tuning]:
 
         return run
 
+    def both_of(shape: Mapping[str, int]) -> Run:
+        """Beside the statistics the gradient, of rows that are made anew."""
+        logits, targets, lse = chunk(shape["C"])
+        loss = torch.empty_like(lse)
+
+        def run() -> Tensor:
+            grad = logits.clone()
+            room._triton_losses(grad, targets, loss, lse, -100, 0.0, 0.0)
+            return grad
+
+        return run
+
     def candidates(shape: Mapping[str, int]) -> list[dict[str, Any]]:
         return [
             dict(BLOCK_V=block, num_warps=warps)
-            for block in (512, 1024, 2048, 4096, 8192)
+            for block in (512, 1024, 2048, 4096, 8192, 16_384)
             if block < 2 * shape["C"]
             for warps in (1, 2, 4, 8, 16)
             if 8 <= block // (32 * warps) <= 64
         ]
 
     return {
+        "cross_entropy": Tuning(both_of, candidates),
         "cross_entropy_statistics": Tuning(statistics_of, candidates),
         "cross_entropy_gradient": Tuning(gradient_of, candidates),
     }
@@ -165,13 +178,16 @@ def launches(arch: str, every: bool) -> list[tuple[str, Callable[[], Any]]]:
     a vocabulary that ends in an odd column, and fp32."""
     columns = {7168}
     if every:
-        for kernel in ("cross_entropy_statistics", "cross_entropy_gradient"):
+        for kernel in ("cross_entropy", "cross_entropy_statistics", "cross_entropy_gradient"):
             columns |= {entry["shape"]["C"] for entry in _launch.entries("cross_entropy", kernel, arch)}
 
     def both(vocab: int, dtype: torch.dtype, smoothing: float) -> None:
-        x, weight = (torch.empty(n, vocab, dtype=dtype).requires_grad_() for n in (2, vocab))  # one chunk
+        """Each token's loss, in one chunk of the vocabulary, and their sum."""
         targets = torch.zeros(2, dtype=torch.int64)
+        x, weight = (torch.empty(n, vocab, dtype=dtype).requires_grad_() for n in (2, vocab))
         linear_cross_entropy(x, weight, targets, label_smoothing=smoothing).sum().backward()
+        x, weight = (torch.empty(n, 16, dtype=dtype).requires_grad_() for n in (2, vocab))
+        linear_cross_entropy(x, weight, targets, label_smoothing=smoothing, reduction="sum")
 
     variants = [(DTYPE, 0.0, 0), *([(DTYPE, 0.1, 0), (DTYPE, 0.0, 1), (torch.float32, 0.0, 0)] if every else [])]
     return [

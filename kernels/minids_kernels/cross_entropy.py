@@ -6,11 +6,17 @@ with logits = x[t] @ weight.T, lse = logsumexp(logits), label smoothing s and z-
 target[t] == ignore_index. x [T, D] and weight [V, D] in fp32, bf16 or fp16 (fp64 on the PyTorch path). Logits are
 rounded to the compute dtype as a linear layer's output is; sums and exponentials are fp32.
 
-Triton path: logits come in chunks of about D columns, as large as x itself, by cuBLAS. The forward reads each chunk
-once, keeping a running maximum and sum, and saves lse [T]. The backward makes each chunk again, turns it in place into
-the loss's gradient by logits in one pass, and multiplies it twice: a chunk's rows of dweight are then complete, and
-what is summed over chunks in fp32 is dx, smaller than dweight by V / T. Besides its results the forward holds one x,
-the backward one x and dx in fp32. No atomics, no host syncs; ignored tokens are masked. Runs on every GPU Triton knows.
+Triton path, losses of each token: logits come in chunks of about D columns, as large as x itself, by cuBLAS. The
+forward reads each chunk once, keeping a running maximum and sum, and saves lse [T]. The backward makes each chunk
+again, turns it in place into the loss's gradient by logits in one pass, and multiplies it twice: a chunk's rows of
+dweight are then complete, and what is summed over chunks in fp32 is dx, smaller than dweight by V / T. Besides its
+results the forward holds one x, the backward one x and dx in fp32.
+
+Triton path, their sum or mean: no logits are made twice. Chunks of rows become losses and gradients in one kernel and
+are multiplied at once; dx and, summed in fp32, dweight wait for the backward, which scales them. A chunk has SUM_ROWS
+or more, so that adding to dweight takes less time than the product that is spared, and up to SUM_ELEMENTS logits.
+
+Both: no atomics, no host syncs; ignored tokens are masked. Run on every GPU Triton knows.
 
 PyTorch path: ignored tokens are left out altogether; chunks of rows become losses and gradients. A sum's dx and dweight
 are made in the forward, while a chunk is warm; without a sum small problems keep gradients by logits for the backward.
@@ -20,7 +26,7 @@ Test: tests/kernels/test_cross_entropy.py. Benchmark: benchmarks/ops/cross_entro
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -35,6 +41,7 @@ from ._operator import operator
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_reference"]
 
 MIN_COLUMNS = 1024  # of a chunk of logits, however narrow x is
+SUM_ROWS, SUM_ELEMENTS = 2048, 1 << 27  # of a chunk of logits whose losses are summed: 256 MiB in half precision
 PIECE_ELEMENTS = 1 << 20  # logits whose softmax or gradient the PyTorch path makes at once: what CPU caches hold
 CHUNK_ELEMENTS = 1 << 22  # logits that the PyTorch path's forward makes at once
 KEPT_ELEMENTS = 1 << 24  # gradients by logits that the PyTorch path keeps for the backward
@@ -57,6 +64,48 @@ def linear_cross_entropy_reference(
 
 
 @triton.jit
+def _sum_up(logits, columns, pitch, largest, exps, total, SMOOTHED: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Maximum, sum of exponentials less it, and with SMOOTHED sum, of a row's logits and of what came before. A row is
+    `pitch` numbers long, of which `columns` are logits: an even pitch lets a thread load several at a time."""
+    for first in tl.range(0, columns, BLOCK_V):
+        cols = first + tl.arange(0, BLOCK_V)
+        logit = tl.load(logits + cols, mask=cols < pitch, other=0.0).to(tl.float32)
+        logit = tl.where(cols < columns, logit, float("-inf"))
+        if SMOOTHED:
+            total += tl.sum(tl.where(cols < columns, logit, 0.0), axis=0)
+        former = largest
+        largest = tl.maximum(former, tl.max(logit, axis=0))
+        exps = exps * tl.exp(former - largest) + tl.sum(tl.exp(logit - largest), axis=0)
+    return largest, exps, total
+
+
+@triton.jit
+def _loss(target, largest, exps, at_target, total, vocab, label_smoothing, z_loss, SMOOTHED: tl.constexpr):
+    """A token's loss and lse; NaN for a target outside the vocabulary."""
+    log_exps = tl.log(exps)
+    lse = tl.where((target >= 0) & (target < vocab), largest + log_exps, float("nan"))
+    loss = (1.0 - label_smoothing) * ((largest - at_target) + log_exps) + z_loss * lse * lse
+    if SMOOTHED:
+        loss += label_smoothing * ((largest - total / vocab) + log_exps)
+    return tl.where(lse == lse, loss, lse), lse
+
+
+@triton.jit
+def _into_gradient(
+    logits, columns, pitch, col, lse, counts, scale, label_smoothing, uniform, z_loss, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """A row's logits become their gradient in place, times `scale`; the target's is the one at `col`. What lies behind
+    them becomes anything."""
+    for first in tl.range(0, columns, BLOCK_V):
+        cols = first + tl.arange(0, BLOCK_V)
+        mask = cols < pitch
+        logit = tl.load(logits + cols, mask=mask & counts, other=0.0).to(tl.float32)
+        grad = tl.exp(logit - lse) * (1.0 + 2.0 * z_loss * lse) - uniform
+        grad = tl.where(cols == col, grad - (1.0 - label_smoothing), grad) * scale
+        tl.store(logits + cols, tl.where(counts, grad, 0.0).to(logits.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _cross_entropy_statistics_kernel(
     logits_ptr, targets_ptr, state_ptr, loss_ptr, lse_ptr, columns, start, vocab, ignore_index, label_smoothing, z_loss,
     SMOOTHED: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -68,28 +117,16 @@ def _cross_entropy_statistics_kernel(
     if target != ignore_index:
         logits = logits_ptr + row * columns
         state = state_ptr + row * 4
-        largest = tl.load(state)
-        exps = tl.load(state + 1)
         at_target = tl.load(state + 2)
-        total = tl.load(state + 3)
-        for first in tl.range(0, columns, BLOCK_V):
-            cols = first + tl.arange(0, BLOCK_V)
-            logit = tl.load(logits + cols, mask=cols < columns, other=float("-inf")).to(tl.float32)
-            if SMOOTHED:
-                total += tl.sum(tl.where(cols < columns, logit, 0.0), axis=0)
-            former = largest
-            largest = tl.maximum(former, tl.max(logit, axis=0))
-            exps = exps * tl.exp(former - largest) + tl.sum(tl.exp(logit - largest), axis=0)
+        largest, exps, total = _sum_up(
+            logits, columns, columns, tl.load(state), tl.load(state + 1), tl.load(state + 3), SMOOTHED, BLOCK_V
+        )
         col = target - start
         at_target += tl.load(logits + col, mask=(col >= 0) & (col < columns), other=0.0).to(tl.float32)
         if start + columns == vocab:
-            log_exps = tl.log(exps)
-            lse = tl.where((target >= 0) & (target < vocab), largest + log_exps, float("nan"))
-            loss = (1.0 - label_smoothing) * ((largest - at_target) + log_exps) + z_loss * lse * lse
-            if SMOOTHED:
-                loss += label_smoothing * ((largest - total / vocab) + log_exps)
+            loss, lse = _loss(target, largest, exps, at_target, total, vocab, label_smoothing, z_loss, SMOOTHED)
             tl.store(lse_ptr + row, lse)
-            tl.store(loss_ptr + row, tl.where(lse == lse, loss, lse))
+            tl.store(loss_ptr + row, loss)
         else:
             tl.store(state, largest)
             tl.store(state + 1, exps)
@@ -108,14 +145,31 @@ def _cross_entropy_gradient_kernel(
     lse = tl.load(lse_ptr + row)
     counts = target != ignore_index
     dloss = tl.load(dloss_ptr + row * dloss_stride)
-    logits = logits_ptr + row * columns
-    for first in tl.range(0, columns, BLOCK_V):
-        cols = first + tl.arange(0, BLOCK_V)
-        mask = cols < columns
-        logit = tl.load(logits + cols, mask=mask & counts, other=0.0).to(tl.float32)
-        grad = tl.exp(logit - lse) * (1.0 + 2.0 * z_loss * lse) - uniform
-        grad = tl.where(cols == target - start, grad - (1.0 - label_smoothing), grad) * dloss
-        tl.store(logits + cols, tl.where(counts, grad, 0.0).to(logits_ptr.dtype.element_ty), mask=mask)
+    _into_gradient(
+        logits_ptr + row * columns, columns, columns, target - start, lse, counts, dloss, label_smoothing, uniform,
+        z_loss, BLOCK_V,
+    )  # fmt: skip
+
+
+@triton.jit
+def _cross_entropy_kernel(
+    logits_ptr, targets_ptr, loss_ptr, lse_ptr, vocab, pitch, ignore_index, label_smoothing, uniform, z_loss,
+    LOWEST: tl.constexpr, SMOOTHED: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """A row a program: logits [T, vocab], rows `pitch` apart, become the gradient of their loss in place; writes loss
+    and lse [T]."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets_ptr + row)
+    counts = target != ignore_index
+    logits = logits_ptr + row * pitch
+    # before sums over the row, whose barriers keep other warps from overwriting it
+    at_target = tl.load(logits + target, mask=(target >= 0) & (target < vocab), other=0.0).to(tl.float32)
+    lowest, zero = tl.full((), LOWEST, tl.float32), tl.full((), 0.0, tl.float32)
+    largest, exps, total = _sum_up(logits, vocab, pitch, lowest, zero, zero, SMOOTHED, BLOCK_V)
+    loss, lse = _loss(target, largest, exps, at_target, total, vocab, label_smoothing, z_loss, SMOOTHED)
+    tl.store(loss_ptr + row, tl.where(counts, loss, 0.0))
+    tl.store(lse_ptr + row, tl.where(counts, lse, 0.0))
+    _into_gradient(logits, vocab, pitch, target, lse, counts, 1.0, label_smoothing, uniform, z_loss, BLOCK_V)
 
 
 # --- launchers --------------------------------------------------------------------------------------------------------
@@ -167,12 +221,59 @@ def _triton_fwd(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     rows, vocab = x.shape[0], weight.shape[0]
     targets = targets.contiguous()
+    if keep == "sum":
+        return _triton_sums(x.to(dtype), weight, targets, ignore_index, label_smoothing, z_loss)
     loss, lse = (x.new_zeros(rows, dtype=torch.float32) for _ in range(2))
     state = x.new_zeros(rows, 4, dtype=torch.float32)
     state[:, 0] = LOWEST
     for start, _, logits in _chunks(x.to(dtype), weight):
         _triton_statistics(logits, targets, state, loss, lse, start, vocab, ignore_index, label_smoothing, z_loss)
     return loss, lse, []
+
+
+def _triton_losses(
+    logits: Tensor, targets: Tensor, loss: Tensor, lse: Tensor, ignore_index: int, label_smoothing: float,
+    z_loss: float,
+) -> None:  # fmt: skip
+    """logits [T, V], of any pitch, become the gradient of their losses; writes loss and lse."""
+    rows, vocab = logits.shape
+    config = _launch.config("cross_entropy", "cross_entropy", _launch.arch(logits), C=vocab)
+    _launch.launch(
+        _cross_entropy_kernel, (rows,),
+        logits, targets, loss, lse, vocab, logits.stride(0), ignore_index, label_smoothing, label_smoothing / vocab,
+        z_loss, LOWEST=LOWEST, SMOOTHED=label_smoothing > 0, **config,
+    )  # fmt: skip
+
+
+def _sum_chunks(tokens: int, vocab: int) -> list[slice]:
+    """Rows of each chunk whose losses are summed."""
+    return _pieces(tokens, vocab, max(SUM_ELEMENTS, SUM_ROWS * vocab))
+
+
+def _sum_dtype(weight: Tensor, chunks: Sequence[slice]) -> torch.dtype:
+    """Of dweight on its way: fp32 where it is summed over chunks."""
+    return weight.dtype if len(chunks) < 2 else torch.float32
+
+
+def _triton_sums(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, z_loss: float
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Products in x's dtype -> loss, lse, and the gradients of the losses' sum: dx in x's dtype, dweight."""
+    (tokens, _), vocab = x.shape, weight.shape[0]
+    chunks, factor = _sum_chunks(tokens, vocab), weight.to(x.dtype)
+    loss, lse = (x.new_empty(tokens, dtype=torch.float32) for _ in range(2))
+    dx, dweight = torch.empty_like(x), weight.new_empty(weight.shape, dtype=_sum_dtype(weight, chunks))
+    if not chunks:
+        dweight.zero_()
+    # rows at multiples of 16 numbers, for the kernel and for the matrix library
+    buffer = x.new_empty(chunks[0].stop if chunks else 0, 16 * triton.cdiv(vocab, 16))[:, :vocab]
+    for i, chunk in enumerate(chunks):
+        logits = buffer[: chunk.stop - chunk.start]
+        torch.mm(x[chunk], factor.T, out=logits)
+        _triton_losses(logits, targets[chunk], loss[chunk], lse[chunk], ignore_index, label_smoothing, z_loss)
+        torch.mm(logits, factor, out=dx[chunk])
+        _multiply(dweight, logits.T, x[chunk], add=i > 0)
+    return loss, lse, [dx, dweight]
 
 
 def _triton_gradient(
@@ -329,12 +430,9 @@ def _torch_gradient(
 
 def _torch_bwd(
     dloss: Tensor, x: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, kept: list[Tensor], ignore_index: int,
-    label_smoothing: float, z_loss: float, dtype: torch.dtype, keep: str,
+    label_smoothing: float, z_loss: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     tokens = x.shape[0]
-    if keep == "sum":
-        factor = dloss[:1].sum()  # all the same, or there are none
-        return (kept[0] * factor).to(x.dtype), (kept[1] * factor).to(weight.dtype)
     index, targets, x, lse, dloss = _kept_tokens(targets, ignore_index, x, lse, dloss)
     if kept:
         scale = dloss.to(dtype).unsqueeze(1)
@@ -362,10 +460,11 @@ def _linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, z_loss: float,
     dtype: torch.dtype, keep: str,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    """x [T, D], weight [V, D], targets [T] -> loss, lse [T], and what the PyTorch path keeps for its backward, in the
-    compute dtype `dtype`: nothing with `keep` ""; with "logits" the gradients by the logits of tokens that count, in
-    chunks of rows that allocators can use again, rows past those tokens zero; with "sum" dx and dweight of the losses'
-    sum, then the backward's dloss must be one number for all tokens."""
+    """x [T, D], weight [V, D], targets [T] -> loss, lse [T], and what is kept for the backward, in the compute dtype
+    `dtype`: nothing with `keep` ""; with "sum" dx and dweight of the losses' sum (the Triton path's dweight in
+    `_sum_dtype`'s), then the backward's dloss must be one number for all tokens; with "logits", which is the PyTorch
+    path's, the gradients by the logits of tokens that count, in chunks of rows that allocators can use again, rows
+    past those tokens zero."""
     forward = _triton_fwd if _launch.use_triton(x) else _torch_fwd
     return forward(x, weight, targets, ignore_index, label_smoothing, z_loss, dtype, keep)
 
@@ -376,8 +475,11 @@ def _linear_cross_entropy_backward(
     label_smoothing: float, z_loss: float, dtype: torch.dtype, keep: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dloss [T] and the forward's inputs and outputs -> dx [T, D], dweight [V, D]."""
+    if keep == "sum":
+        factor = dloss[:1].sum()  # all the same, or there are none
+        return (kept[0] * factor).to(x.dtype), (kept[1] * factor).to(weight.dtype)
     if not _launch.use_triton(x):
-        return _torch_bwd(dloss, x, weight, targets, lse, kept, ignore_index, label_smoothing, z_loss, dtype, keep)
+        return _torch_bwd(dloss, x, weight, targets, lse, kept, ignore_index, label_smoothing, z_loss, dtype)
     dx, dweight = _chunked_bwd(dloss, x, weight, targets, lse, ignore_index, label_smoothing, z_loss, dtype)
     return dx.to(x.dtype), dweight
 
@@ -390,7 +492,8 @@ def _(
     tokens, vocab = x.shape[0], weight.shape[0]
     loss, lse = (x.new_empty(tokens, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(2))
     if keep == "sum":
-        return loss, lse, [x.new_empty(x.shape, dtype=dtype), weight.new_empty(weight.shape, dtype=dtype)]
+        summed = _sum_dtype(weight, _sum_chunks(tokens, vocab)) if _launch.use_triton(x) else dtype
+        return loss, lse, [x.new_empty(x.shape, dtype=dtype), weight.new_empty(weight.shape, dtype=summed)]
     chunks = _pieces(tokens, vocab, CHUNK_ELEMENTS) if keep else []
     return loss, lse, [x.new_empty(chunk.stop - chunk.start, vocab, dtype=dtype) for chunk in chunks]
 
@@ -432,9 +535,9 @@ def linear_cross_entropy(
     """Per-token loss in nats of a linear head, without materialising its logits.
 
     x [T, D] and weight [V, D] float, targets [T] int64 in [0, V) or `ignore_index` -> [T] fp32, 0 where ignored; with
-    `reduction` "sum" their sum, with "mean" that over the number of tokens that are not ignored. On CPUs a sum or mean
-    is faster than one made of the losses afterwards, and takes less memory: logits are not kept for the backward. Label
-    smoothing is torch.nn.functional.cross_entropy's; `z_loss` weighs the square of the logits' logsumexp.
+    `reduction` "sum" their sum, with "mean" that over the number of tokens that are not ignored. A sum or mean is
+    faster than one made of the losses afterwards: both gradients are made in the forward, and kept. Label smoothing is
+    torch.nn.functional.cross_entropy's; `z_loss` weighs the square of the logits' logsumexp.
     Differentiable in x and weight. Raises TypeError, ValueError on other shapes, dtypes or settings; a target outside
     the vocabulary raises RuntimeError on the PyTorch path and gives NaN on the Triton path.
     """
@@ -453,13 +556,12 @@ def linear_cross_entropy(
         raise ValueError(f"z_loss: got {z_loss}, allowed is 0 or more")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: got {reduction!r}, allowed are {REDUCTIONS}")
-    dtype, keep = compute_dtype(x), ""
-    wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if wanted and not _launch.use_triton(x):
-        # where weights are no more than logits; fp16's sums over tokens might overflow before they are scaled
-        if reduction != "none" and x.shape[0] >= x.shape[1] and dtype != torch.float16:
+    dtype, keep, by_triton = compute_dtype(x), "", _launch.use_triton(x)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        # by PyTorch where weights are no more than logits; its fp16 sums over tokens might overflow unscaled
+        if reduction != "none" and (by_triton or (x.shape[0] >= x.shape[1] and dtype != torch.float16)):
             keep = "sum"
-        elif x.shape[0] * weight.shape[0] <= KEPT_ELEMENTS:
+        elif not by_triton and x.shape[0] * weight.shape[0] <= KEPT_ELEMENTS:
             keep = "logits"
     loss, _, _ = _linear_cross_entropy(x, weight, targets, ignore_index, label_smoothing, z_loss, dtype, keep)
     if reduction == "none":

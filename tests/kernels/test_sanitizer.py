@@ -91,6 +91,13 @@ def every_kernel(device: torch.device) -> Iterator[tuple[str, Callable[[], objec
     x = made(ROWS, WIDTH)
     angle = torch.randn(ROWS, 16, device=device)
     yield "rope", lambda: trained(lambda q: kernels.rope(q, angle.cos(), angle.sin()), made(ROWS, 2, 48))
+    targets = torch.randint(INNER, (ROWS,), device=device)
+    yield (
+        "sum of losses",
+        lambda: trained(
+            lambda x, w: kernels.linear_cross_entropy(x, w, targets, reduction="sum"), x, made(INNER, WIDTH)
+        ),
+    )
     yield "wide norm", lambda: trained(kernels.rms_norm, made(3, 20_000), made(20_000))
     yield "norm to codes", lambda: kernels.rms_norm_quant(x, made(WIDTH), transposed=True)
     yield "swiglu to codes", lambda: kernels.swiglu_quant(x)
