@@ -77,6 +77,26 @@ class _Linear(torch.autograd.Function):
         return dy @ weight, weight_gradient(dy, x, ctx.dtype)
 
 
+class LinearBeside(torch.autograd.Function):
+    """x [T, K], weight [N, K] -> their product [T, N], and x for its next reader, to whose gradient [T, K] this one's
+    is added in place, by the product that makes it where their dtypes allow: no pass over memory adds gradients up.
+    Nobody else may read x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.dtype, dtype = weight.dtype, product_dtype(x)
+        rows, weight = x.to(dtype), weight.to(dtype)
+        ctx.save_for_backward(rows, weight)
+        return F.linear(rows, weight), x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
+        rows, weight = ctx.saved_tensors
+        dx = dx.addmm_(dy, weight) if dx.dtype == dy.dtype else dx.add_(dy @ weight)
+        return dx, weight_gradient(dy, rows, ctx.dtype)
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """A linear layer of a block: x [T, K] @ weight [N, K].T -> [T, N]."""
     if in_fp8():

@@ -190,7 +190,8 @@ def launches(arch: str, every: bool) -> list[tuple[str, Callable[[], Any]]]:
         weight = torch.empty(tokens, TOP_K).requires_grad_()
         w_gate_up = torch.empty(EXPERTS, 2 * inner, width).requires_grad_()  # fp32, as training has them
         w_down = torch.empty(EXPERTS, width, inner).requires_grad_()
-        moe_experts(x, ids, weight, w_gate_up, w_down).backward(torch.empty(tokens, width, dtype=DTYPE))
+        base = torch.empty(tokens, width, dtype=DTYPE)
+        moe_experts(x, ids, weight, w_gate_up, w_down, base=base).backward(torch.empty(tokens, width, dtype=DTYPE))
 
     def forward(width: int, inner: int, tokens: int) -> None:
         x, weight, ids = torch.empty(tokens, width, dtype=DTYPE), torch.empty(tokens, TOP_K), torch.zeros(tokens, TOP_K)

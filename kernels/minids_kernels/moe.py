@@ -81,16 +81,19 @@ def _activate_backward_kernel(
 
 @triton.jit
 def _combine_kernel(
-    y_ptr, place_ptr, weight_ptr, out_ptr, T, N, top_k,
-    HAS_WEIGHT: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    y_ptr, place_ptr, weight_ptr, base_ptr, out_ptr, T, N, top_k,
+    HAS_WEIGHT: tl.constexpr, HAS_BASE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out [T, N]: sum of each token's top_k rows of y, times weight [T, top_k], in fp32 and one order."""
+    """out [T, N]: base [T, N], and each token's top_k rows of y, times weight [T, top_k], in fp32 and one order."""
     program = tl.program_id(0).to(tl.int64)
     across = tl.cdiv(N, BLOCK_N)
     rows = (program // across) * ROWS + tl.arange(0, ROWS)[:, None]
     cols = (program % across) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     mask = (rows < T) & (cols < N)
-    total = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    if HAS_BASE:
+        total = tl.load(base_ptr + rows * N + cols, mask=mask, other=0.0).to(tl.float32)
+    else:
+        total = tl.zeros((ROWS, BLOCK_N), tl.float32)
     for slot in tl.range(top_k):
         place = tl.load(place_ptr + rows * top_k + slot, mask=rows < T, other=0)
         y = tl.load(y_ptr + place * N + cols, mask=mask, other=0.0).to(tl.float32)
@@ -117,14 +120,15 @@ def _triton_activate_backward(
     return out, dgate_up, dweight
 
 
-def _triton_combine(y: Tensor, place: Tensor, top_k: int, weight: Tensor | None) -> Tensor:
+def _triton_combine(y: Tensor, place: Tensor, top_k: int, weight: Tensor | None, base: Tensor | None = None) -> Tensor:
     tokens, width = place.shape[0] // top_k, y.shape[1]
     out = y.new_empty(tokens, width)
     config = _launch.config("moe", "combine", _launch.arch(y), N=width)
     _launch.launch(
         _combine_kernel, (triton.cdiv(tokens, config["ROWS"]) * triton.cdiv(width, config["BLOCK_N"]),),
-        y.contiguous(), place, place if weight is None else weight.contiguous(), out, tokens, width, top_k,
-        HAS_WEIGHT=weight is not None, **config,
+        y.contiguous(), place, place if weight is None else weight.contiguous(),
+        y if base is None else base.contiguous(), out, tokens, width, top_k,
+        HAS_WEIGHT=weight is not None, HAS_BASE=base is not None, **config,
     )  # fmt: skip
     return out
 
@@ -146,9 +150,10 @@ def _torch_activate_backward(
     return out.mul_(weight), dgate_up, dweight
 
 
-def _torch_combine(y: Tensor, place: Tensor, top_k: int, weight: Tensor | None) -> Tensor:
+def _torch_combine(y: Tensor, place: Tensor, top_k: int, weight: Tensor | None, base: Tensor | None = None) -> Tensor:
     weight = None if weight is None else weight.to(y.dtype)
-    return F.embedding_bag(place.view(-1, top_k), y, mode="sum", per_sample_weights=weight)
+    out = F.embedding_bag(place.view(-1, top_k), y, mode="sum", per_sample_weights=weight)
+    return out if base is None else out.add_(base)
 
 
 def _spare(x: Tensor) -> int:
@@ -177,7 +182,7 @@ def _gather(x: Tensor, token: Tensor, out: Tensor) -> Tensor:
 
 
 def _torch_fwd(
-    x: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, plan: MoePlan, keep: bool
+    x: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, base: Tensor | None, plan: MoePlan, keep: bool
 ) -> tuple[Tensor, Tensor]:
     """One expert after the other, whose rows stay in the caches. What its products write behind its segment is the next
     expert's to overwrite."""
@@ -194,7 +199,7 @@ def _torch_fwd(
         at = slice(start, stop) if keep else slice(stop - start)
         torch.mm(mine, w_gate_up[expert].T, out=gate_up[at])
         torch.mm(F.silu(gate[at]).mul_(up[at]), w_down[expert].T, out=y[start:stop])
-    return _torch_combine(y, plan.place, topk_weight.shape[1], topk_weight), gate_up
+    return _torch_combine(y, plan.place, topk_weight.shape[1], topk_weight, base), gate_up
 
 
 def _torch_bwd(
@@ -245,17 +250,17 @@ def _activate_backward(
     return scaled, dgate_up, dweight[plan.place]
 
 
-def _combine(y: Tensor, place: Tensor, top_k: int, weight: Tensor | None = None) -> Tensor:
-    return (_triton_combine if _launch.use_triton(y) else _torch_combine)(y, place, top_k, weight)
+def _combine(y: Tensor, place: Tensor, top_k: int, weight: Tensor | None = None, base: Tensor | None = None) -> Tensor:
+    return (_triton_combine if _launch.use_triton(y) else _torch_combine)(y, place, top_k, weight, base)
 
 
 def _triton_fwd(
-    x: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, plan: MoePlan, keep: bool
+    x: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, base: Tensor | None, plan: MoePlan, keep: bool
 ) -> tuple[Tensor, Tensor]:
     """-> out [T, D], gate_up [T * k, 2F], or no rows of it unless `keep`."""
     scaled, gate_up = grouped_swiglu(x, w_gate_up, plan.offsets, plan.token, topk_weight, plan.pair, keep)
     y = grouped_mm(scaled, w_down, plan.offsets)
-    return _triton_combine(y, plan.place, topk_weight.shape[1], None), gate_up
+    return _triton_combine(y, plan.place, topk_weight.shape[1], None, base), gate_up
 
 
 def _triton_bwd(
@@ -278,14 +283,15 @@ def _permuted_codes(x: Tensor, token: Tensor, scale_format: ScaleFormat) -> tupl
 
 
 def _fp8_fwd(
-    x: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, plan: MoePlan
+    x: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, base: Tensor | None, plan: MoePlan
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """-> out, gate_up, both weights' codes and scales."""
     gate_up_codes, down_codes = quantize_experts(w_gate_up), quantize_experts(w_down)
     gate_up = _fp8_mm(_permuted_codes(x, plan.token, "fp32"), gate_up_codes, plan.offsets, x.dtype)
     scaled = swiglu_quant(gate_up, weight=_spread(topk_weight, plan.pair, x.dtype).squeeze(1))
     y = _fp8_mm(scaled, down_codes, plan.offsets, x.dtype)
-    return _combine(y, plan.place, topk_weight.shape[1]), gate_up, [*gate_up_codes, *down_codes]
+    out = _combine(y, plan.place, topk_weight.shape[1], base=base)
+    return out, gate_up, [*gate_up_codes, *down_codes]
 
 
 def _fp8_bwd(
@@ -318,19 +324,26 @@ def _fp8_mm(rows: tuple[Tensor, Tensor], w: Sequence[Tensor], offsets: Tensor, d
 
 @operator("moe_experts")
 def _moe_experts(
-    x: Tensor, topk_ids: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, fp8: bool, keep: bool
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weight: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    base: Tensor | None,
+    fp8: bool,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """-> out [T, D]; for the backward: gate_up [T * k and _spare, 2F], no rows of it unless `keep`, the plan, and what
     products take of the weights where that is not they themselves: what `_fp8_fwd` keeps, or they in x's dtype."""
     plan = plan_pairs(topk_ids, w_gate_up.shape[0])
     kept: list[Tensor] = []
     if fp8:
-        out, gate_up, kept = _fp8_fwd(x, topk_weight, w_gate_up, w_down, plan)
+        out, gate_up, kept = _fp8_fwd(x, topk_weight, w_gate_up, w_down, base, plan)
     else:
         if w_gate_up.dtype != x.dtype:
             w_gate_up, w_down = kept = [w_gate_up.to(x.dtype), w_down.to(x.dtype)]
         forward = _triton_fwd if _launch.use_triton(x) else _torch_fwd
-        out, gate_up = forward(x, topk_weight, w_gate_up, w_down, plan, keep)
+        out, gate_up = forward(x, topk_weight, w_gate_up, w_down, base, plan, keep)
     return out, gate_up if keep else gate_up.new_empty(0, gate_up.shape[1]), *plan, kept
 
 
@@ -353,7 +366,14 @@ def _moe_experts_backward(
 
 @_moe_experts.register_fake
 def _(
-    x: Tensor, topk_ids: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, fp8: bool, keep: bool
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weight: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    base: Tensor | None,
+    fp8: bool,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     experts, width, _ = w_gate_up.shape
     pairs = topk_ids.shape[0] * topk_ids.shape[1]
@@ -377,7 +397,8 @@ def _(
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, _, topk_weight, w_gate_up, w_down, ctx.fp8, _ = inputs
+    x, _, topk_weight, w_gate_up, w_down, base, ctx.fp8, _ = inputs
+    ctx.has_base = base is not None
     _, *others, kept = output
     ctx.mark_non_differentiable(*others, *kept)
     ctx.set_materialize_grads(False)  # else zeros of gate_up's size would come back for it
@@ -386,10 +407,10 @@ def _setup(ctx, inputs, output) -> None:
 
 def _backward(ctx, dout, *_):
     if dout is None:  # nothing came back
-        return (None,) * 7
+        return (None,) * 8
     saved = ctx.saved_tensors
     dx, dweight, dw_gate_up, dw_down = _moe_experts_backward(dout, *saved[:9], list(saved[9:]), ctx.fp8)
-    return dx, None, dweight, dw_gate_up, dw_down, None, None
+    return dx, None, dweight, dw_gate_up, dw_down, dout if ctx.has_base else None, None, None
 
 
 _moe_experts.register_autograd(_backward, setup_context=_setup)
@@ -496,11 +517,13 @@ def moe_unpermute(y: Tensor, plan: MoePlan, topk_weight: Tensor) -> Tensor:
 
 
 def moe_experts(
-    x: Tensor, topk_ids: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, fp8: bool = False
-) -> Tensor:
+    x: Tensor, topk_ids: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, fp8: bool = False,
+    base: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """x [T, D], topk_ids [T, k] int64, topk_weight [T, k], w_gate_up [E, 2F, D], w_down [E, D, F] -> [T, D], x's dtype.
+    With `base` [T, D], such as shared experts' output, it is added, in the pass that sums a token's experts.
 
-    Differentiable in x, topk_weight and both weights, once. Products run in x's dtype, under autocast in its own;
+    Differentiable in x, topk_weight, both weights and base, once. Products run in x's dtype, under autocast in its own;
     weights of another are rounded to it, and their gradients come in the one they have, by kernels without a rounding
     to the products' in between. With `fp8` all products, forward and backward, are of e4m3 codes: tokens and their
     gradients in tiles of 1x128, weights in blocks of 128x128, quantised once a call from the dtype they have
@@ -520,6 +543,10 @@ def moe_experts(
     dtype = compute_dtype(x)
     if fp8 and dtype == torch.float64:
         raise TypeError("x: got torch.float64, allowed with fp8 are torch.float32, torch.bfloat16, torch.float16")
+    if base is not None:
+        check_float("base", base)
+        check_shape("base", base, tuple(x.shape))
+        base = base.to(dtype)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, topk_weight, w_gate_up, w_down))
-    out, *_ = _moe_experts(x.to(dtype), topk_ids, topk_weight, w_gate_up, w_down, fp8, keep)
+    out, *_ = _moe_experts(x.to(dtype), topk_ids, topk_weight, w_gate_up, w_down, base, fp8, keep)
     return out.to(x.dtype)

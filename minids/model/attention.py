@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from minids.config import ModelConfig
 from minids.model.norm import RMSNorm
-from minids.precision import linear
+from minids.precision import LinearBeside, in_fp8, linear
 
 
 def _columns_apart(projection: nn.Linear, x: Tensor, heads: int, first: int) -> tuple[Tensor, Tensor]:
     """x [T, K] -> the `first` columns of each head's projection [T, H, first], and the rest. Two products: those of one
-    would have to be put together again in the backward."""
+    would have to be put together again in the backward. Nobody else may read x."""
     weight = projection.weight.unflatten(0, (heads, -1))
-    parts = weight.split([first, weight.shape[1] - first], dim=1)
-    one, other = (linear(x, part.flatten(0, 1)).unflatten(-1, (heads, -1)) for part in parts)
-    return one, other
+    part, rest = (w.flatten(0, 1) for w in weight.split([first, weight.shape[1] - first], dim=1))
+    one, x = (linear(x, part), x) if in_fp8() else LinearBeside.apply(x, part)
+    return one.unflatten(-1, (heads, -1)), linear(x, rest).unflatten(-1, (heads, -1))
 
 
 class Attention(nn.Module):

@@ -16,27 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from minids.config import ModelConfig
-from minids.precision import in_fp8, linear, product_dtype, weight_gradient
-
-
-class _LinearBeside(torch.autograd.Function):
-    """x [T, K], weight [N, K] -> their product [T, N], and x for its next reader, to whose gradient [T, K] this one's
-    is added in place, by the product that makes it where their dtypes allow: no pass over memory adds gradients up.
-    Nobody else may read x."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.dtype, dtype = weight.dtype, product_dtype(x)
-        rows, weight = x.to(dtype), weight.to(dtype)
-        ctx.save_for_backward(rows, weight)
-        return F.linear(rows, weight), x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
-        rows, weight = ctx.saved_tensors
-        dx = dx.addmm_(dy, weight) if dx.dtype == dy.dtype else dx.add_(dy @ weight)
-        return dx, weight_gradient(dy, rows, ctx.dtype)
+from minids.precision import LinearBeside, in_fp8, linear, product_dtype, weight_gradient
 
 
 class _GateLogits(torch.autograd.Function):
@@ -80,7 +60,7 @@ class MLP(nn.Module):
         """The same, and x for its next reader."""
         if in_fp8():
             return self(x), x
-        gate_up, x = _LinearBeside.apply(x, self._gate_up())
+        gate_up, x = LinearBeside.apply(x, self._gate_up())
         return linear(swiglu(gate_up), self.down_proj.weight), x
 
     def _gate_up(self) -> Tensor:
@@ -103,7 +83,7 @@ class Gate(nn.Module):
         config = self.config
         with torch.autocast(x.device.type, enabled=False):
             if self.weight.dtype == x.dtype == torch.float32:
-                logits, x = _LinearBeside.apply(x, self.weight)
+                logits, x = LinearBeside.apply(x, self.weight)
             elif x.is_cuda and x.dtype == torch.bfloat16 and self.weight.dtype == torch.float32:
                 logits, x = _GateLogits.apply(x, self.weight)
             else:
@@ -124,8 +104,9 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, width))
         self.down_proj = nn.Parameter(torch.empty(experts, width, inner))
 
-    def forward(self, x: Tensor, topk_ids: Tensor, topk_weight: Tensor) -> Tensor:
-        return moe_experts(x, topk_ids, topk_weight, self.gate_up_proj, self.down_proj, fp8=in_fp8())
+    def forward(self, x: Tensor, topk_ids: Tensor, topk_weight: Tensor, base: Tensor | None = None) -> Tensor:
+        """x [T, D] -> [T, D], with `base` [T, D] added."""
+        return moe_experts(x, topk_ids, topk_weight, self.gate_up_proj, self.down_proj, fp8=in_fp8(), base=base)
 
 
 @dataclass
@@ -154,7 +135,7 @@ class MoE(nn.Module):
         if self.shared_experts is None:
             return self.experts(x, ids, weight), Routing(ids, scores)
         shared, x = self.shared_experts.beside(x)
-        return shared.add_(self.experts(x, ids, weight)), Routing(ids, scores)
+        return self.experts(x, ids, weight, shared), Routing(ids, scores)
 
 
 def balance_loss(routings: list[Routing], sequences: int) -> tuple[Tensor, Tensor]:

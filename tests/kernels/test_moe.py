@@ -143,6 +143,22 @@ def test_fp32_weights_get_fp32_gradients(autocast: bool, backend: str, device: t
         assert torch.equal(got, got.to(dtype).float()) == (backend == "torch")
 
 
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_base_is_added(fp8: bool, backend: str, device: torch.device) -> None:
+    """And its gradient is the output's; nobody else's changes, nor does it itself."""
+    tensors, ids = [t.to(device) for t in inputs(70, 32, 48, 5, 2)], route(70, 5, 2).to(device)
+    base, dout = torch.randn(2, 70, 32, device=device)
+    plain, grads = run(lambda x, *rest: moe_experts(x, ids, *rest, fp8=fp8), tensors, dout)
+    out, (*same, dbase) = run(
+        lambda x, w, wg, wd, base: moe_experts(x, ids, w, wg, wd, fp8, base), [*tensors, base], dout
+    )
+    assert torch.equal(dbase, dout)
+    assert all(torch.equal(x, y) for x, y in zip(same, grads, strict=True))
+    torch.testing.assert_close(
+        out, plain + base, rtol=0, atol=4 * torch.finfo(torch.float32).eps * out.abs().max().item()
+    )
+
+
 def test_all_tokens_to_one_expert(device: torch.device) -> None:
     """The others' gradients are exactly zero."""
     tensors = [t.to(device) for t in inputs(130, 8, 6, 4, 1)]
@@ -162,7 +178,7 @@ def test_no_count_leaves_the_device(tokens: int) -> None:
 
         def both() -> None:
             given = [t.detach() for t in (x, weight, wg, wd)]
-            out, *kept = room._moe_experts.function(given[0], ids, *given[1:], False, True)
+            out, *kept = room._moe_experts.function(given[0], ids, *given[1:], None, False, True)
             room._moe_experts_backward.function(out, *given, *kept, False)
 
         names = [launch.kernel.__name__ for launch in record([("", both)], "sm_90")]
@@ -201,9 +217,9 @@ def test_without_gradients_nothing_is_kept(fp8: bool, dtype: torch.dtype, backen
         pytest.skip("Triton's interpreter takes bf16 operands of tl.dot for integers")
     x, weight, wg, wd = (t.to(device, dtype) for t in inputs(90, 17, 33, 4, 2))
     ids = route(90, 4, 2).to(device)
-    want, *_ = ops.moe_experts(x, ids, weight, wg, wd, fp8, True)
+    want, *_ = ops.moe_experts(x, ids, weight, wg, wd, None, fp8, True)
     with poisoned_memory():
-        got, gate_up, *_ = ops.moe_experts(x, ids, weight, wg, wd, fp8, False)
+        got, gate_up, *_ = ops.moe_experts(x, ids, weight, wg, wd, None, fp8, False)
     assert gate_up.shape == (0, 66) and torch.equal(got, want)
 
 
@@ -212,9 +228,11 @@ def test_operators_are_registered_well(fp8: bool, device: torch.device) -> None:
     x, weight, wg, wd = (t.to(device) for t in inputs(40, 8, 6, 4, 2))
     ids = route(40, 4, 2).to(device)
     with_grad = [t.detach().requires_grad_() for t in (x, weight, wg, wd)]
-    opcheck(ops.moe_experts.default, (with_grad[0], ids, *with_grad[1:], fp8, True))
-    opcheck(ops.moe_experts.default, (x, ids, weight, wg, wd, fp8, False))
-    _, *kept = ops.moe_experts(x, ids, weight, wg, wd, fp8, True)
+    base = torch.randn_like(x)
+    opcheck(ops.moe_experts.default, (with_grad[0], ids, *with_grad[1:], None, fp8, True))
+    opcheck(ops.moe_experts.default, (with_grad[0], ids, *with_grad[1:], base.requires_grad_(), fp8, True))
+    opcheck(ops.moe_experts.default, (x, ids, weight, wg, wd, None, fp8, False))
+    _, *kept = ops.moe_experts(x, ids, weight, wg, wd, None, fp8, True)
     opcheck(ops.moe_experts_backward.default, (torch.randn_like(x), x, weight, wg, wd, *kept, fp8))
 
 
@@ -358,6 +376,8 @@ def test_permutations_are_registered_well(device: torch.device) -> None:
         ({"topk_ids": torch.zeros(4, 1).long()}, ValueError, r"topk_ids: got shape \(4, 1\), allowed is \(3, any\)"),
         ({"topk_ids": torch.zeros(3, 1).int()}, TypeError, "topk_ids: got torch.int32, allowed is torch.int64"),
         ({"topk_weight": torch.zeros(3, 2)}, ValueError, r"topk_weight: got .*, allowed is \(3, 1\)"),
+        ({"base": torch.zeros(3, 5)}, ValueError, r"base: got shape \(3, 5\), allowed is \(3, 4\)"),
+        ({"base": torch.zeros(3, 4).int()}, TypeError, "base: got torch.int32"),
         ({"w_down": torch.zeros(2, 4, 6).half()}, TypeError, "w_down: got torch.float16, allowed is .* torch.float32"),
     ],
 )

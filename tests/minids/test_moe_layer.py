@@ -214,7 +214,7 @@ def test_training_goes_as_with_a_loop_over_experts(monkeypatch: pytest.MonkeyPat
         return found
 
     ours = losses()
-    monkeypatch.setattr("minids.model.moe.moe_experts", lambda *args, fp8: moe_experts_reference(*args))
+    monkeypatch.setattr("minids.model.moe.moe_experts", lambda *args, fp8, base: base + moe_experts_reference(*args))
     loop = losses()
     assert ours[-1] < ours[0] - 0.5
     assert ours == pytest.approx(loop, abs=1e-5)  # of losses near 4: some 20 roundings of fp32

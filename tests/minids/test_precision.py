@@ -139,10 +139,10 @@ def test_linear_layers_of_blocks_and_nothing_else(dtype: str, monkeypatch: pytes
         seen(*weights)
         return real_mlp(x, *weights)
 
-    def moe_experts(*args: Tensor, fp8: bool) -> Tensor:
+    def moe_experts(*args: Tensor, fp8: bool, base: Tensor | None) -> Tensor:
         if fp8:
             seen(*args[3:])
-        return real_experts(*args, fp8=fp8)
+        return real_experts(*args, fp8=fp8, base=base)
 
     real_linear, real_mlp, real_experts = precision.fp8_linear, moe.fp8_mlp, moe.moe_experts
     monkeypatch.setattr(precision, "fp8_linear", fp8_linear)
