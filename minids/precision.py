@@ -56,7 +56,7 @@ def in_fp8() -> bool:
 
 def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """dy [T, N].T @ x [T, K] in `dtype`. A GPU rounds its fp32 sums to that alone, and needs no pass to widen them."""
-    if x.is_cuda and dtype == torch.float32 != x.dtype:
+    if x.is_cuda and dtype == torch.float32 != x.dtype and not torch.version.hip:
         return torch.mm(dy.t(), x, out_dtype=dtype)
     return (dy.t() @ x).to(dtype)
 

@@ -324,15 +324,9 @@ def _fp8_mm(rows: tuple[Tensor, Tensor], w: Sequence[Tensor], offsets: Tensor, d
 
 @operator("moe_experts")
 def _moe_experts(
-    x: Tensor,
-    topk_ids: Tensor,
-    topk_weight: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    base: Tensor | None,
-    fp8: bool,
+    x: Tensor, topk_ids: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, base: Tensor | None, fp8: bool,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """-> out [T, D]; for the backward: gate_up [T * k and _spare, 2F], no rows of it unless `keep`, the plan, and what
     products take of the weights where that is not they themselves: what `_fp8_fwd` keeps, or they in x's dtype."""
     plan = plan_pairs(topk_ids, w_gate_up.shape[0])
@@ -366,15 +360,9 @@ def _moe_experts_backward(
 
 @_moe_experts.register_fake
 def _(
-    x: Tensor,
-    topk_ids: Tensor,
-    topk_weight: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    base: Tensor | None,
-    fp8: bool,
+    x: Tensor, topk_ids: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor, base: Tensor | None, fp8: bool,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     experts, width, _ = w_gate_up.shape
     pairs = topk_ids.shape[0] * topk_ids.shape[1]
     place, pair, token = (topk_ids.new_empty(pairs) for _ in range(3))
@@ -524,8 +512,8 @@ def moe_experts(
     With `base` [T, D], such as shared experts' output, it is added, in the pass that sums a token's experts.
 
     Differentiable in x, topk_weight, both weights and base, once. Products run in x's dtype, under autocast in its own;
-    weights of another are rounded to it, and their gradients come in the one they have, by kernels without a rounding
-    to the products' in between. With `fp8` all products, forward and backward, are of e4m3 codes: tokens and their
+    weights of another are rounded to it, and their gradients come in the one they have; kernels do not round them to
+    the products' on the way. With `fp8` all products, forward and backward, are of e4m3 codes: tokens and their
     gradients in tiles of 1x128, weights in blocks of 128x128, quantised once a call from the dtype they have
     (DeepSeek-V3 report, section 3.3). Raises TypeError for a dtype that is no float (with `fp8` for fp64 too) and for
     two weights of different dtypes, ValueError when shapes disagree.
