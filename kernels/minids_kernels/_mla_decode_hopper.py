@@ -17,8 +17,8 @@ Weights, maxima and sums need no barrier that frees them: their places are writt
 again, for which both groups have released it.
 
 fp8 rows are widened to bf16 by the fetching warps, in registers; the multiplying groups see no difference. A half's
-codes are loaded while those of the half before are widened, from L2, into which rows are fetched two blocks ahead: the
-warps' registers alone could not ask memory for enough at a time.
+codes come to registers when the half before has left them, from L2, into which pages are fetched two blocks ahead: the
+registers alone could not ask memory for enough at a time.
 """
 
 from __future__ import annotations
@@ -52,8 +52,7 @@ ROTATED = gl.constexpr(64)  # columns that are key alone
 WIDTH = gl.constexpr(512)  # of values
 STAGES = gl.constexpr(2)
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # of the group's warps; renamed in Triton 3.7
-STRIP = gl.constexpr(64)  # columns of a strip of a half, whose rows lie side by side in shared memory
-REGISTERS, FP8_REGISTERS = gl.constexpr(232), gl.constexpr(208)  # of a multiplying thread; fetching ones have the rest
+REGISTERS, FP8_REGISTERS = gl.constexpr(232), gl.constexpr(200)  # of a multiplying thread; fetching ones have the rest
 
 
 @gluon.jit
@@ -178,44 +177,33 @@ INTO_L2 = gl.constexpr("""{
 
 
 @gluon.jit
-def _places(cache, page, half, ROW_WORDS: gl.constexpr):
-    """Of half the columns of a page's values, where lie the codes of its first strip, four to a word [64, 16], and the
-    scales of its first tile [64]. Words, since Triton keeps a byte that a loop carries on in a register of its own."""
+def _half(cache, page, half, ROW_WORDS: gl.constexpr):
+    """Half the columns of a page's values: codes, four to a word [64, 64], and the scales of its two tiles [64] each.
+    Words, since Triton keeps a byte that a loop carries on in a register of its own."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0])
     row = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)) * ROW_WORDS
-    column = gl.arange(0, STRIP // 4, gl.SliceLayout(0, LAYOUT))
+    column = gl.arange(0, HALF // 4, gl.SliceLayout(0, LAYOUT))
     start = cache + page.to(gl.int64) * (ROWS * ROW_WORDS)
-    codes = start + half * (HALF // 4) + (row.expand_dims(1) + column.expand_dims(0))
-    return codes, start + WIDTH // 4 + half * 2 + row
-
-
-@gluon.jit
-def _half(cache, page, half, ROW_WORDS: gl.constexpr):
-    """Half the columns of a page's values: codes of four strips, scales of two tiles."""
-    codes, scales = _places(cache, page, half, ROW_WORDS)
-    found: gl.tuple = ()
-    for strip in gl.static_range(4):
-        found += (gl.load(codes + strip * (STRIP // 4)),)
-    return found, (gl.load(scales), gl.load(scales + 1))
+    codes = gl.load(start + half * (HALF // 4) + (row.expand_dims(1) + column.expand_dims(0)))
+    scales = start + WIDTH // 4 + half * 2 + row
+    return codes, gl.load(scales), gl.load(scales + 1)
 
 
 @gluon.jit
 def _widen(now, values, cache, page, half, ROW_WORDS: gl.constexpr):
-    """Writes `now`, which `_half` gave, to values [64, 256], and gives what it gives of another half: loaded strip by
-    strip, as registers become free."""
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
-    codes, scales = _places(cache, page, half, ROW_WORDS)
-    strips = values._reinterpret(gl.int32, [4, ROWS, STRIP // 2], LAYOUT)
-    soon: gl.tuple = ()
-    for strip in gl.static_range(4):
-        words = now[0][strip]
-        scale = now[1][strip // 2].to(gl.float32, bitcast=True).expand_dims(1).broadcast_to(words.shape)
-        soon += (gl.load(codes + strip * (STRIP // 4)),)
-        pairs = gl.inline_asm_elementwise(
-            WIDEN, "=r,=r,r,f", [words, scale], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
-        )
-        strips.index(strip).store(gl.join(pairs[0], pairs[1]).reshape([ROWS, STRIP // 2]))
-    return soon, (gl.load(scales), gl.load(scales + 1))
+    """Writes `now`, which `_half` gave, to values [64, 256], and gives what it gives of another half."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0])
+    PAIRS: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
+    words, one, other = now
+    column = gl.arange(0, HALF // 4, gl.SliceLayout(0, LAYOUT)).expand_dims(0)
+    scale = gl.where(column < HALF // 8, one.expand_dims(1), other.expand_dims(1)).to(gl.float32, bitcast=True)
+    pairs = gl.inline_asm_elementwise(
+        WIDEN, "=r,=r,r,f", [words, scale], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
+    )
+    soon = _half(cache, page, half, ROW_WORDS)
+    to = values._reinterpret(gl.int32, [ROWS, HALF // 2], PAIRS)
+    to.store(gl.join(pairs[0], pairs[1]).reshape([ROWS, HALF // 2]))
+    return soon
 
 
 @gluon.jit
@@ -247,12 +235,11 @@ def _fetch_fp8(sources, buffers, barriers, where, SEQUENCE_COST: gl.constexpr, R
         for block in range(begin, end):
             stage, phase = turn & 1, turn >> 1 & 1
             mine, theirs = stage, stage ^ 1
-            later = gl.load(pages + gl.minimum(block + 2, end - 1))
             mbarrier.wait(empty.index(2 * stage + mine), phase ^ 1)
             now = _widen(now, values.index(2 * stage + mine), cache, page, theirs, ROW_WORDS)
             fence_async_shared()
             mbarrier.arrive(full.index(2 * stage), count=1)
-            _into_l2(cache, later, ROW_WORDS)
+            later = gl.load(pages + gl.minimum(block + 2, end - 1))
             if block == begin:
                 _fetch_query(sources, buffers, barriers, sequence * rows, q_phase)
                 q_phase ^= 1
@@ -265,6 +252,7 @@ def _fetch_fp8(sources, buffers, barriers, where, SEQUENCE_COST: gl.constexpr, R
             now = _widen(now, values.index(2 * stage + theirs), cache, soon, theirs, ROW_WORDS)
             fence_async_shared()
             mbarrier.arrive(full.index(2 * stage + 1), count=1)
+            _into_l2(cache, later, ROW_WORDS)
             page, soon = soon, later
             turn += 1
 
