@@ -331,7 +331,7 @@ BY_HAND = {
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU orders its warps itself")
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("made", [problem, fp8_problem])
 @pytest.mark.parametrize("case", list(BY_HAND)[:5])
 def test_by_hand_in_any_order(
@@ -345,7 +345,7 @@ def test_by_hand_in_any_order(
         room._launch, "config", lambda *at, **shape: combine if "mla_decode_combine" in at else real(*at, **shape)
     )
     heads, new, lengths = BY_HAND[case]
-    dtype, causal = torch.float16 if seed % 2 and made is problem else torch.bfloat16, seed < 2
+    dtype, causal = torch.float16 if seed % 2 and made is problem else torch.bfloat16, seed == 0
     lengths = [min(length, 400) for length in lengths]
     (q, *cache), rows = made(lengths, new, heads, *V3, 64, dtype, torch.device("cpu"))
     assert importlib.import_module("minids_kernels._mla_decode_hopper").fits(q, cache[0], V3[0], 0.5)
