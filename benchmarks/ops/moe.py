@@ -188,8 +188,11 @@ def launches(arch: str, every: bool) -> list[tuple[str, Callable[[], Any]]]:
         x = torch.empty(tokens, width, dtype=DTYPE).requires_grad_()
         ids = torch.zeros(tokens, TOP_K, dtype=torch.int64)
         weight = torch.empty(tokens, TOP_K).requires_grad_()
-        w_gate_up = torch.empty(EXPERTS, 2 * inner, width).requires_grad_()  # fp32, as training has them
-        w_down = torch.empty(EXPERTS, width, inner).requires_grad_()
+        # fp32, as training has them, but for what would take gigabytes
+        kind = torch.float32 if width * inner <= 2**23 else DTYPE
+        w_gate_up, w_down = (
+            torch.empty(EXPERTS, *size, dtype=kind).requires_grad_() for size in ((2 * inner, width), (width, inner))
+        )
         base = torch.empty(tokens, width, dtype=DTYPE)
         moe_experts(x, ids, weight, w_gate_up, w_down, base=base).backward(torch.empty(tokens, width, dtype=DTYPE))
 
