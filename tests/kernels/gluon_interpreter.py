@@ -584,7 +584,7 @@ def _instruction(name: str, *given: Tensor) -> Tensor:
             return torch.stack(given[::-1], -1).bfloat16().view(torch.int32).squeeze(-1)
         case "mul.f32":
             return given[0] * given[1]
-    raise NotImplementedError(name)
+    raise NotImplementedError(f"PTX: {name}")
 
 
 def _assembly(text: str, constraints: str, args: Sequence[Block], dtype: Any, is_pure: bool, pack: int) -> Any:
