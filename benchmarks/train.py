@@ -5,14 +5,14 @@
 
 A step is forward, backward, gradient clipping and AdamW: on a CPU on 8 sequences of 256 tokens of a small model, on a
 GPU on 16 sequences of 2048 of the preset "small", whose MTP module is left out, in bf16 with fp32 master weights. All
-sides start from the same weights and see the same batches, which lie on the CPU; their first losses must agree before
-anything is timed. Warm-up runs each side in every precision; only its fastest goes on to the timed rounds, so that
-nobody's caches are cleared by what does not count. fp8, if asked for, is a side of its own, "minids fp8": peers have
-none, and the ratio stays that of ours in fp32 or bf16. On a GPU our forward and backward are one CUDA graph from the
-second step on, and their kernels are compiled side by side before the first, as in `minids pretrain`. Times are by the
-clock, on a GPU from an idle device to an idle device. Prints one JSON object with tokens/s (medians; of the warm-up the
-fastest step) and the ratio. --out is written after each round, so that a run that is cut off leaves the rounds it had;
-each step's seconds go to stderr.
+sides start from the same weights and see the same batches, which lie on the CPU, and all have what our trainer makes of
+the process (`keep_freed_memory`); their first losses must agree before anything is timed. Warm-up runs each side in
+every precision; only its fastest goes on to the timed rounds, so that nobody's caches are cleared by what does not
+count. fp8, if asked for, is a side of its own, "minids fp8": peers have none, and the ratio stays that of ours in fp32
+or bf16. On a GPU our forward and backward are one CUDA graph from the second step on, and their kernels are compiled
+side by side before the first, as in `minids pretrain`. Times are by the clock, on a GPU from an idle device to an idle
+device. Prints one JSON object with tokens/s (medians; of the warm-up the fastest step) and the ratio. --out is written
+after each round, so that a run that is cut off leaves the rounds it had; each step's seconds go to stderr.
 
 On a GPU the object also has, by side, the seconds of the first step (compilers included; caches of earlier runs count)
 and the peak of memory, as if the side were alone; the ratio to each side; `moe_to_dense`, our step's time over that of
@@ -49,7 +49,7 @@ from benchmarks.flops import active_ffn_width, training_flops_per_token
 from benchmarks.peers import autocast_experts, transformers_model
 from benchmarks.watch import say, shown
 from minids.config import PRESETS, ModelConfig, TrainConfig, preset
-from minids.device import queue_copy
+from minids.device import keep_freed_memory, queue_copy
 from minids.files import write_json
 from minids.model import DeepseekV3
 from minids.model.moe import MLP, MoE
@@ -367,6 +367,7 @@ def report(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    keep_freed_memory()
     device = pick_device("auto")
     options = parse(arguments, device)
     config, warmup = options.config, options.warmup

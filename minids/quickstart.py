@@ -40,6 +40,7 @@ from minids.data.loader import Loader
 from minids.data.prepare import prepare
 from minids.data.rows import read_rows
 from minids.data.store import TRAIN, TokenShards
+from minids.device import keep_freed_memory
 from minids.errors import InputError
 from minids.files import atomic_directory, atomic_write, read_json, write_json
 from minids.infer.generate import LanguageModel
@@ -209,6 +210,7 @@ def preference_accuracy(model: DeepseekV3, tokenizer: Tokenizer, file: Path) -> 
 
 def seconds_per_step(config: PretrainConfig, mtp: bool, steps: int = 12) -> float:
     """Time of a training step of `config` with or without MTP: the lower quartile, as other programs only add to it."""
+    keep_freed_memory()
     device = pick_device(config.train.device)
     model = DeepseekV3(config.model).to(device)
     optimizer = build_optimizer(model, config.train)

@@ -43,6 +43,7 @@ from benchmarks.protocol import (
     precision,
     sizes,
 )
+from minids.device import keep_freed_memory
 from minids.model import DeepseekV3
 from minids.model.moe import MLP, MoE
 
@@ -214,6 +215,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--dtypes", nargs="+", choices=LAYER_TOLERANCE, default=list(LAYER_TOLERANCE))
     options = parser.parse_args()
+    keep_freed_memory()
     torch.manual_seed(0)
     model = DeepseekV3(MINI)
     ours = next(layer.mlp for layer in model.model.layers if isinstance(layer.mlp, MoE))

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from minids.config import TrainConfig
 from minids.data.loader import Batch
-from minids.device import queue_copy
+from minids.device import keep_freed_memory, queue_copy
 from minids.errors import InputError, Interrupted
 from minids.model.model import DeepseekV3
 from minids.precision import autocast, pick_dtype
@@ -322,6 +322,7 @@ def train(task: Task, model: DeepseekV3, train: TrainConfig, config: StageConfig
     divergence) and Interrupted (saved).
     """
     began = time.perf_counter()
+    keep_freed_memory()
     out = run.out
     with _full_disk(out):
         trainer = Trainer(task, model, train, config, run)
