@@ -1,7 +1,8 @@
 """Training speed on this machine: minids against transformers' DeepseekV3ForCausalLM, one process, steps interleaved.
 
     python -m benchmarks.train [--rounds 9] [--dtypes fp32 bf16 fp8] [--compile] [--preset small] [--batch 16]
-                               [--length 2048] [--sides NAME ...] [--profile FILE.json] [--out FILE.json]
+                               [--length 2048] [--sides NAME ...] [--minimind CHECKOUT] [--profile FILE.json]
+                               [--out FILE.json]
 
 A step is forward, backward, gradient clipping and AdamW: on a CPU on 8 sequences of 256 tokens of a small model, on a
 GPU on 16 sequences of 2048 of the preset "small", whose MTP module is left out, in bf16 with fp32 master weights. All
@@ -13,6 +14,11 @@ or bf16. On a GPU our forward and backward are one CUDA graph from the second st
 side by side before the first, as in `minids pretrain`. Times are by the clock, on a GPU from an idle device to an idle
 device. Prints one JSON object with tokens/s (medians; of the warm-up the fastest step) and the ratio. --out is written
 after each round, so that a run that is cut off leaves the rounds it had; each step's seconds go to stderr.
+
+--minimind: a checkout of MiniMind, whose model file gives two more sides, "minimind moe" and "minimind dense", each of
+as many layers, heads and active parameters as ours; `ratio_to_minimind_moe` and `..._dense` are tokens/s over theirs.
+They differ in architecture (GQA for MLA, no shared expert, no dense first layer), start from weights of their own, and
+have their auxiliary loss and the step of their trainer, which is that of all sides.
 
 On a GPU the object also has, by side, the seconds of the first step (compilers included; caches of earlier runs count)
 and the peak of memory, as if the side were alone; the ratio to each side; `moe_to_dense`, our step's time over that of
@@ -46,7 +52,7 @@ from torch.autograd import DeviceType
 from benchmarks import timing
 from benchmarks.cases import MINI
 from benchmarks.flops import active_ffn_width, training_flops_per_token
-from benchmarks.peers import autocast_experts, transformers_model
+from benchmarks.peers import autocast_experts, minimind_file, minimind_model, transformers_model
 from benchmarks.watch import say, shown
 from minids.config import PRESETS, ModelConfig, TrainConfig, preset
 from minids.device import keep_freed_memory, queue_copy
@@ -69,6 +75,12 @@ LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp8": 5e-3}
 OURS, DENSE = "minids", "minids dense"
 PEERS = ("transformers eager", "transformers grouped_mm")  # by how they compute experts
 COMPILED = tuple(f"{name} compiled" for name in PEERS)
+MINIMIND = MINIMIND_MOE, MINIMIND_DENSE = "minimind moe", "minimind dense"
+OTHER_WEIGHTS = {DENSE, *MINIMIND}  # whose losses are not ours
+RATIOS = {
+    "ratio": PEERS, "ratio_to_compiled": COMPILED, "ratio_to_minimind_moe": (MINIMIND_MOE,),
+    "ratio_to_minimind_dense": (MINIMIND_DENSE,),
+}  # fmt: skip
 SHEET_TFLOPS = 989.0  # bf16 without sparsity: H100 SXM and H200, NVIDIA's data sheets
 TOP_KERNELS = 40
 
@@ -157,6 +169,13 @@ def their_loss(model: Any, batch: torch.Tensor) -> torch.Tensor:
     return loss
 
 
+def minimind_loss(model: Any, batch: torch.Tensor) -> torch.Tensor:
+    """As in its trainer."""
+    out = model(batch, labels=batch)
+    loss: torch.Tensor = out.loss + out.aux_loss
+    return loss
+
+
 def dense_twin(model: DeepseekV3) -> DeepseekV3:
     """`model` with a dense FFN of equal active width for each MoE layer; what it costs a token less is the gates."""
     twin, config = copy.deepcopy(model), model.config
@@ -167,26 +186,34 @@ def dense_twin(model: DeepseekV3) -> DeepseekV3:
     return twin
 
 
-def contestant(name: str, model: DeepseekV3) -> torch.nn.Module:
-    """The model that competes under `name`, with `model`'s weights."""
+def contestant(name: str, model: DeepseekV3, minimind: Path | None) -> tuple[torch.nn.Module, Loss]:
+    """The model that competes under `name`, with `model`'s weights where it can have them, and its loss."""
     if name == OURS:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model), our_loss
     if name == DENSE:
-        return dense_twin(model)
+        return dense_twin(model), our_loss
+    if name in MINIMIND and minimind:
+        return minimind_model(model.config, minimind, name == MINIMIND_MOE), minimind_loss
     experts = name.split()[1]
     peer: torch.nn.Module = transformers_model(model, experts)
     if experts == "grouped_mm" and next(model.parameters()).is_cuda:
         peer = autocast_experts(peer)
-    return torch.compile(peer) if name in COMPILED else peer  # type: ignore[return-value]
+    return torch.compile(peer) if name in COMPILED else peer, their_loss  # type: ignore[return-value]
 
 
-def contestants(config: ModelConfig, device: torch.device, names: Sequence[str], dtypes: Sequence[str]) -> list[Side]:
+def contestants(
+    config: ModelConfig,
+    device: torch.device,
+    names: Sequence[str],
+    dtypes: Sequence[str],
+    minimind: Path | None = None,
+) -> list[Side]:
     """Each in each precision, made on `device`; in fp8, the last of them, ours only."""
     torch.manual_seed(0)
     with device:
         model = DeepseekV3(config)
         return [
-            Side(name, contestant(name, model), our_loss if name in (OURS, DENSE) else their_loss, dtype)
+            Side(name, *contestant(name, model, minimind), dtype)
             for name in names
             for dtype in DTYPES
             if dtype in dtypes and (dtype != "fp8" or name == OURS)
@@ -225,9 +252,9 @@ def survivors(sides: Sequence[Side], failed: Mapping[str, str]) -> list[Side]:
 
 
 def check_losses(sides: Sequence[Side]) -> None:
-    """All first losses agree with ours, but the dense model's, which has other weights."""
+    """All first losses agree with ours, but of models that have other weights."""
     for side in sides:
-        if side.peer != DENSE and not abs(side.losses[0] - sides[0].losses[0]) < LOSS_TOLERANCE[side.dtype]:
+        if side.peer not in OTHER_WEIGHTS and not abs(side.losses[0] - sides[0].losses[0]) < LOSS_TOLERANCE[side.dtype]:
             raise SystemExit(f"{side.name}: first loss {side.losses[0]}, {sides[0].name} has {sides[0].losses[0]}")
 
 
@@ -321,7 +348,10 @@ def parse(arguments: Sequence[str] | None, device: torch.device) -> argparse.Nam
     parser.add_argument("--preset", choices=PRESETS, default="small" if gpu else None, help="instead of 9M parameters")
     parser.add_argument("--batch", type=int, default=16 if gpu else 8, help="sequences")
     parser.add_argument("--length", type=int, default=2048 if gpu else 256, help="tokens of each")
-    parser.add_argument("--sides", nargs="*", choices=(DENSE, *PEERS, *COMPILED), help="only these beside ours")
+    parser.add_argument(
+        "--sides", nargs="*", choices=(DENSE, *PEERS, *COMPILED, *MINIMIND), help="only these beside ours"
+    )
+    parser.add_argument("--minimind", type=Path, metavar="CHECKOUT", help="of MiniMind, which competes then")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="GPU time by kernel of a step of ours, as JSON")
     parser.add_argument("--out", type=Path, metavar="FILE", help="what is printed, after each round")
     options = parser.parse_args(arguments)
@@ -331,7 +361,12 @@ def parse(arguments: Sequence[str] | None, device: torch.device) -> argparse.Nam
     if options.profile and not gpu:
         parser.error("--profile: there is no GPU here")
     if options.sides is None:
-        options.sides = [*((DENSE,) if gpu else ()), *PEERS, *(COMPILED if options.compile else ())]
+        options.sides = [
+            *((DENSE,) if gpu else ()), *PEERS, *(COMPILED if options.compile else ()),
+            *(MINIMIND if options.minimind else ()),
+        ]  # fmt: skip
+    if {*options.sides} & {*MINIMIND} and not (options.minimind and minimind_file(options.minimind).is_file()):
+        parser.error(f"--minimind: got {options.minimind}, allowed is a folder with {minimind_file(Path('.'))}")
     options.config = preset(options.preset, num_nextn_predict_layers=0) if options.preset else MINI
     return options
 
@@ -355,7 +390,7 @@ def report(
         "rounds": len(sides[0].seconds) - warmup,
         "tokens_per_second": {name: round(value) for name, value in speed.items()},
     }
-    for name, group in (("ratio", PEERS), ("ratio_to_compiled", COMPILED)):
+    for name, group in RATIOS.items():
         if theirs := [speed[side.name] for side in sides if side.peer in group]:
             found[name] = round(speed[sides[0].name] / max(theirs), 3)
     if (device := sides[0].device).type == "cuda":
@@ -375,7 +410,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if device.type == "cuda":
         with timing.side_stream(device):
             matmul_tflops = timing.ceilings(device, repeats=20)["bf16_tflops"]
-    sides = contestants(config, device, [OURS, *options.sides], options.dtypes)
+    sides = contestants(config, device, [OURS, *options.sides], options.dtypes, options.minimind)
     batches = torch.randint(0, config.vocab_size, (warmup + options.rounds, options.batch, options.length))
     failed = run(sides, batches[:warmup], "warm-up")
     sides = survivors(sides, failed)

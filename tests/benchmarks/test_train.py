@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import first_step, train
 from benchmarks.cases import MINI
 from benchmarks.flops import active_ffn_width, active_matmul_parameters, training_flops_per_token
-from benchmarks.peers import autocast_experts, transformers_model
+from benchmarks.peers import autocast_experts, minimind_file, minimind_model, transformers_model
 from minids.config import ModelConfig, preset
 from minids.model import DeepseekV3
 
@@ -89,11 +89,85 @@ def test_experts_of_the_peer_follow_autocast() -> None:
     assert all(p.dtype == torch.float32 and p.grad is not None and p.grad.any() for p in weights)
 
 
+MINIMIND = """
+from types import SimpleNamespace
+import torch
+import torch.nn.functional as F
+
+MiniMindConfig = SimpleNamespace
+
+class MiniMindForCausalLM(torch.nn.Module):  # its matrices, and a loss of two of them
+    def __init__(self, config):
+        super().__init__()
+        width, head = config.hidden_size, config.hidden_size // config.num_attention_heads
+        inner, experts = (
+            (config.moe_intermediate_size, config.num_experts) if config.use_moe else (config.intermediate_size, 1)
+        )
+        rows = [width, head * config.num_key_value_heads, head * config.num_key_value_heads, width]
+        rows += [experts] if config.use_moe else []
+        self.lm_head = torch.nn.Parameter(torch.randn(config.vocab_size, width))
+        self.others = torch.nn.ParameterList(
+            torch.nn.Parameter(torch.zeros(n, width)) for n in rows * config.num_hidden_layers
+        )
+        self.experts = torch.nn.ParameterList(
+            torch.nn.Parameter(torch.zeros(experts, 3 * inner, width)) for _ in range(config.num_hidden_layers)
+        )
+
+    def forward(self, ids, labels):
+        x = self.lm_head[ids] + sum(w.sum() for w in (*self.others, *self.experts))
+        loss = F.cross_entropy((x @ self.lm_head.T)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return SimpleNamespace(loss=loss, aux_loss=0.5 * loss.detach())
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """Of something that has MiniMind's names and shapes."""
+    minimind_file(tmp_path).parent.mkdir()
+    minimind_file(tmp_path).write_text(MINIMIND)
+    return tmp_path
+
+
+@pytest.mark.parametrize("config", [MINI, preset("small", num_nextn_predict_layers=0)])
+@pytest.mark.parametrize("use_moe", [True, False])
+def test_minimind_multiplies_as_many_weights(config: ModelConfig, use_moe: bool, checkout: Path) -> None:
+    with torch.device("meta"):
+        peer = minimind_model(config, checkout, use_moe)
+    share = config.num_experts_per_tok / config.n_routed_experts if use_moe else 1
+    numbers = {name: p.numel() * (share if name.startswith("experts") else 1) for name, p in peer.named_parameters()}
+    step = 8 * 3 * config.hidden_size * config.num_hidden_layers * (config.num_experts_per_tok if use_moe else 1)
+    assert abs(sum(numbers.values()) - active_matmul_parameters(config)) <= step / 2
+
+
+def test_minimind_competes(checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(train, "MINI", TINY)
+    train.main([*"--rounds 1 --warmup 1 --batch 2 --length 16 --dtypes fp32 --minimind".split(), str(checkout)])
+    report = json.loads(capsys.readouterr().out)
+    speed = report["tokens_per_second"]
+    for name in ("moe", "dense"):
+        ratio = speed["minids fp32"] / speed[f"minimind {name} fp32"]
+        assert report[f"ratio_to_minimind_{name}"] == pytest.approx(ratio, rel=0.01)
+
+
+def test_loss_of_minimind_is_its_trainers(checkout: Path) -> None:
+    peer, ids = minimind_model(TINY, checkout, True), torch.randint(0, TINY.vocab_size, (2, 8))
+    torch.testing.assert_close(train.minimind_loss(peer, ids), 1.5 * peer(ids, labels=ids).loss)
+
+
 def test_options_of_a_cpu() -> None:
     options = train.parse([], CPU)
     assert (options.config, options.batch, options.length, options.dtypes) == (MINI, 8, 256, ["fp32", "bf16"])
     assert options.sides == list(train.PEERS)
     assert train.parse(["--compile"], CPU).sides == [*train.PEERS, *train.COMPILED]
+
+
+def test_options_with_minimind(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    assert train.parse(["--minimind", str(checkout)], CPU).sides == [*train.PEERS, *train.MINIMIND]
+    sides = ["--sides", "minimind moe"]
+    assert train.parse([*sides, "--minimind", str(checkout)], CPU).sides == ["minimind moe"]
+    for bad in ([], ["--minimind", str(tmp_path_factory.mktemp("empty"))]):
+        with pytest.raises(SystemExit):
+            train.parse([*sides, *bad], CPU)
 
 
 def test_options_of_a_gpu() -> None:
