@@ -57,10 +57,10 @@ from benchmarks.watch import say, shown
 from minids.config import PRESETS, ModelConfig, TrainConfig, preset
 from minids.device import keep_freed_memory, queue_copy
 from minids.files import write_json
+from minids.graph import Recorded
 from minids.model import DeepseekV3
 from minids.model.moe import MLP, MoE
 from minids.precision import autocast, pick_dtype
-from minids.train.graph import Recorded
 from minids.train.loop import pick_device
 from minids.train.optim import build_optimizer, gradient_norm
 
@@ -100,7 +100,7 @@ class Side:
         self.peak_bytes: int | None = None  # on a GPU
         self.gradients: Callable[[list[torch.Tensor], None], tuple[torch.Tensor, torch.Tensor]] = self._gradients
         if self.device.type == "cuda" and loss is our_loss:
-            self.gradients = Recorded(self._gradients, self.model.parameters())
+            self.gradients = Recorded(self._gradients, self.device, self.model.parameters())
 
     def _gradients(self, inputs: list[torch.Tensor], kind: None) -> tuple[torch.Tensor, torch.Tensor]:
         """Forward and backward; the loss and the gradient's norm."""

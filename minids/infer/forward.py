@@ -3,7 +3,7 @@
 Tokens' latents and rotated keys go into the cache first. A few new tokens attend in absorbed form: the up-projections
 W_UK and W_UV of kv_b_proj go into the query and the output, so that cached latents are never expanded again
 (DeepSeek-V2 report, arXiv 2405.04434, section 2.1.2). For many, a prompt above all, expanding costs less than the wider
-products would. `decoder.py` takes single tokens on the CPU, faster.
+products would. `decoder.py` takes single tokens on the CPU, faster, and `recorded.py` on a GPU.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ def blocks(model: DeepseekV3) -> list[Block]:
 class _Places:
     """Where the next `new` tokens of each of `batch` sequences lie, the same in all layers: angles of their rotation
     [B * S, R / 2], slots [B * S] in a cache whose pages are a sequence's rows each, that cache's page table, and
-    sequences' lengths, for the host and where the cache is."""
+    sequences' lengths, for the host and where the cache is. All but the host's follow from `start` [1]."""
 
-    def __init__(self, model: DeepseekV3, cache: LatentCache, new: int) -> None:
+    def __init__(self, model: DeepseekV3, cache: LatentCache, new: int, start: Tensor) -> None:
         device = cache.rows.device
-        positions = torch.arange(cache.length, cache.length + new, device=device)
+        positions = start + torch.arange(new, device=device)
         self.cos, self.sin = rope_angles(model.config, positions.repeat(cache.batch))
         self.table = torch.arange(cache.batch, device=device).unsqueeze(1)
         self.slots = (self.table * cache.capacity + positions).flatten()
         self.lengths = torch.full((cache.batch,), cache.length + new)
-        self.seq_lens = torch.full((cache.batch,), cache.length + new, device=device)
+        self.seq_lens = (start + new).expand(cache.batch)
         self.cu_seqlens = torch.arange(cache.batch + 1, dtype=torch.int32) * new
         self.absorbed = 0 < new <= MOST_ABSORBED and cache.length > 0
 
@@ -76,18 +76,17 @@ def _attend(attention: Attention, x: Tensor, rows: Tensor, places: _Places) -> T
     return mla_prefill(q, rows, places.table, places.lengths, places.cu_seqlens, weight, scale)
 
 
-def _step(model: DeepseekV3, input_ids: Tensor, cache: LatentCache) -> Tensor:
-    """Normed hidden states [B, S, D] of input_ids [B, S]; the cache gains S tokens."""
+def hidden_states(model: DeepseekV3, input_ids: Tensor, cache: LatentCache, start: Tensor) -> Tensor:
+    """Normed hidden states [B, S, D] of input_ids [B, S], whose rows are written behind the cache's `start` [1] int64
+    (its length, where the model is), for which there is room. The length itself is left as it is."""
     batch, new = input_ids.shape
-    cache.reserve(new)
-    places = _Places(model, cache, new)
+    places = _Places(model, cache, new, start)
     x, residual = model.model.embed_tokens(input_ids.flatten()), None
     for layer, rows in zip(blocks(model), cache.rows, strict=True):
         normed, residual = layer.input_layernorm(x, residual)
         out = layer.self_attn.o_proj(_attend(layer.self_attn, normed, rows, places).flatten(1))
         normed, residual = layer.post_attention_layernorm(out, residual)
         x = layer.mlp(normed)[0] if isinstance(layer.mlp, MoE) else layer.mlp(normed)
-    cache.length += new
     return model.model.norm(x, residual)[0].unflatten(0, (batch, new))
 
 
@@ -98,6 +97,9 @@ def forward_cached(model: DeepseekV3, input_ids: Tensor, cache: LatentCache, las
 
     Raises InputError when cached and new tokens exceed max_position_embeddings (nothing is done then).
     """
-    check_length(model, cache.length + input_ids.shape[1])
-    hidden = _step(model, input_ids, cache)
+    new = input_ids.shape[1]
+    check_length(model, cache.length + new)
+    cache.reserve(new)
+    hidden = hidden_states(model, input_ids, cache, torch.full((1,), cache.length, device=input_ids.device))
+    cache.length += new
     return model.lm_head(hidden[:, -1:] if last_only else hidden)

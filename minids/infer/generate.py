@@ -13,6 +13,7 @@ from minids.errors import InputError
 from minids.infer.cache import LatentCache
 from minids.infer.decoder import Decoder
 from minids.infer.forward import check_length, forward_cached
+from minids.infer.recorded import RecordedDecoder
 from minids.infer.sampling import Sampling, next_token
 from minids.model.model import DeepseekV3
 
@@ -107,6 +108,16 @@ class LanguageModel(DeepseekV3):
         check_length(self, input_ids.shape[1] + max_new_tokens)
 
 
+def _stepper(model: LanguageModel, cache: LatentCache) -> Callable[[list[int]], Tensor]:
+    """Appends a token to each of the B sequences -> logits [B, V], until the next call."""
+    if Decoder.fits(model, cache.batch):
+        decoder = Decoder(model)
+        return lambda ids: decoder.step(ids, cache)
+    if (device := cache.rows.device).type == "cuda":
+        return RecordedDecoder(model, cache).step
+    return lambda ids: forward_cached(model, torch.tensor(ids, device=device).unsqueeze(1), cache)[:, -1]
+
+
 @torch.inference_mode()
 def _stream(
     model: LanguageModel,
@@ -123,7 +134,7 @@ def _stream(
     if sampling.repetition_penalty != 1:
         seen = torch.zeros(input_ids.shape[0], config.vocab_size, dtype=torch.bool, device=input_ids.device)
         seen.scatter_(1, input_ids, True)
-    decoder = Decoder(model) if Decoder.fits(model, len(input_ids)) else None
+    step = _stepper(model, cache)
     done = [False] * len(input_ids)
     logits = forward_cached(model, input_ids[:, cache.length :], cache, last_only=True)[:, 0]
     for left in range(max_new_tokens - 1, -1, -1):
@@ -133,10 +144,6 @@ def _stream(
         done = [over or id in stops for over, id in zip(done, ids, strict=True)]
         if left == 0 or all(done):
             return
-        column = torch.tensor(ids, device=input_ids.device).unsqueeze(1)
         if seen is not None:
-            seen.scatter_(1, column, True)
-        if decoder is None:
-            logits = forward_cached(model, column, cache, last_only=True)[:, 0]
-        else:
-            logits = decoder.step(ids, cache)
+            seen.scatter_(1, torch.tensor(ids, device=input_ids.device).unsqueeze(1), True)
+        logits = step(ids)

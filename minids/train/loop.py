@@ -25,10 +25,10 @@ from minids.config import TrainConfig
 from minids.data.loader import Batch
 from minids.device import keep_freed_memory, queue_copy
 from minids.errors import InputError, Interrupted
+from minids.graph import CannotRecord, Recorded, pad_cu_seqlens
 from minids.model.model import DeepseekV3
 from minids.precision import autocast, pick_dtype
 from minids.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from minids.train.graph import Recorded, pad_cu_seqlens
 from minids.train.log import (
     CURVES,
     METRICS,
@@ -163,7 +163,7 @@ class Trainer:
         self.optimizer = build_optimizer(model, train)
         self.recorded: Recorded[bool, Gradients] | None = None
         if self.device.type == "cuda" and train.cuda_graph and task.same_shapes:
-            self.recorded = Recorded(self._work, model.parameters())
+            self.recorded = Recorded(self._work, self.device, model.parameters())
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.means = Means()
         # what a result's last bits may hang on, besides the configuration
@@ -255,7 +255,10 @@ class Trainer:
         if self.recorded is None:
             sums, counts = self._gradients(batches, window)
         else:
-            sums, counts = self.recorded(_flat(batches, window), window.mtp)
+            try:
+                sums, counts = self.recorded(_flat(batches, window), window.mtp)
+            except CannotRecord as why:
+                raise InputError(f"train.cuda_graph: this step cannot be recorded ({why}); wanted false") from why
         lr, speed = learning_rate(self.step, train), bias_speed(self.step, train)
         set_learning_rate(self.optimizer, lr)
         self.optimizer.step(sums["grad_norm"])

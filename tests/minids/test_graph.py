@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minids.graph import Recorded, pad_cu_seqlens
 from minids.model import DeepseekV3
-from minids.train.graph import Recorded, pad_cu_seqlens
 from minids.train.pretrain import pretrain
 from tests.minids import tiny
 
@@ -58,7 +58,7 @@ def test_each_shape_and_kind_has_its_own_graph() -> None:
         loss.backward()
         return loss.detach()
 
-    recorded = Recorded(work, [weight])
+    recorded = Recorded(work, weight.device, [weight])
     for turn in range(4):
         for columns in (3, 5):
             for kind in (1.0, -2.0):
@@ -71,16 +71,15 @@ def test_each_shape_and_kind_has_its_own_graph() -> None:
 
 WAITS = """
 import torch
-from minids.errors import InputError
-from minids.train.graph import Recorded
+from minids.graph import CannotRecord, Recorded
 
 weight = torch.nn.Parameter(torch.ones(1, device="cuda"))
-recorded = Recorded(lambda inputs, kind: weight.item(), [weight])
+recorded = Recorded(lambda inputs, kind: weight.item(), weight.device)
 recorded([torch.zeros(1)], None)
 try:
     recorded([torch.zeros(1)], None)
-except InputError as error:
-    print(error)
+except CannotRecord as error:
+    print("refused:", error)
 """
 
 
@@ -88,4 +87,4 @@ except InputError as error:
 def test_work_that_waits_is_refused() -> None:
     """In a process of its own: a recording that breaks off leaves PyTorch's random numbers unusable."""
     done = subprocess.run([sys.executable, "-c", WAITS], capture_output=True, text=True, timeout=120)
-    assert done.stdout.startswith("train.cuda_graph: this step cannot be recorded ("), done.stderr
+    assert done.stdout.startswith("refused: "), done.stderr

@@ -1,7 +1,8 @@
-"""A training step's forward and backward as a CUDA graph.
+"""A step, of training or of decoding, as a CUDA graph.
 
-On its own the host launches some two thousand kernels a step, one after the other; of a small model's step they take a
-GPU less time than the host needs for that. Recorded once, they are one launch.
+On its own the host launches some two thousand kernels a step of training, some hundreds one of decoding, one after the
+other; of a small model's step they take a GPU less time than the host needs for that. Recorded once, they are one
+launch.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minids.device import queue_copy
-from minids.errors import InputError
 
 Kind = TypeVar("Kind", bound=Hashable)
 Result = TypeVar("Result")
+
+
+class CannotRecord(RuntimeError):
+    """Says why."""
 
 
 @dataclass
@@ -32,7 +36,7 @@ class _Recording(Generic[Result]):
 
 
 class Recorded(Generic[Kind, Result]):
-    """`work(inputs, kind)`, which leaves gradients in `parameters`, on a GPU where they lie.
+    """`work(inputs, kind)` on a GPU, which leaves gradients in `parameters`.
 
     What `work` queues must depend on `kind` and the shapes of `inputs` alone, and nothing in it may wait for the GPU.
     Each such combination runs as it is the first time, which compiles its kernels; from the second on its graph is
@@ -40,14 +44,19 @@ class Recorded(Generic[Kind, Result]):
     the same memory in turn.
     """
 
-    def __init__(self, work: Callable[[list[Tensor], Kind], Result], parameters: Iterable[nn.Parameter]) -> None:
-        self.work, self.parameters = work, list(parameters)
-        self.device = self.parameters[0].device
+    def __init__(
+        self,
+        work: Callable[[list[Tensor], Kind], Result],
+        device: torch.device,
+        parameters: Iterable[nn.Parameter] = (),
+    ) -> None:
+        self.work, self.device, self.parameters = work, device, list(parameters)
         self.pool = torch.cuda.graph_pool_handle()
         self._recordings: dict[Hashable, _Recording[Result] | None] = {}
 
     def __call__(self, inputs: Sequence[Tensor], kind: Kind) -> Result:
-        """inputs: on the CPU or on the GPU. InputError for work that cannot be recorded."""
+        """inputs: on the CPU or on the GPU. CannotRecord for work that waits, or otherwise breaks the recording off;
+        PyTorch's default random numbers are unusable then."""
         key = kind, *(x.shape for x in inputs)
         if key not in self._recordings:
             self._recordings[key] = None
@@ -69,9 +78,21 @@ class Recorded(Generic[Kind, Result]):
             with torch.cuda.graph(graph, self.pool):
                 result = self.work(own, kind)
         except RuntimeError as error:
-            why = str(error.__context__ or error).splitlines()[0]
-            raise InputError(f"train.cuda_graph: this step cannot be recorded ({why}); wanted false") from error
+            raise CannotRecord(str(error.__context__ or error).splitlines()[0]) from error
         return _Recording(graph, own, result, [parameter.grad for parameter in self.parameters])
+
+
+def waits(call: Callable[[], object]) -> bool:
+    """Whether `call` waits for a GPU somewhere, as far as PyTorch knows, or breaks."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    return False
 
 
 def pad_cu_seqlens(cu_seqlens: Tensor) -> Tensor:

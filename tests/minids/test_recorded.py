@@ -1,0 +1,91 @@
+"""A decoding step that is recorded once gives what the model gives, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from minids.infer import recorded
+from minids.infer.cache import CHUNK, LatentCache
+from minids.infer.generate import LanguageModel
+from minids.infer.recorded import RecordedDecoder
+from tests.minids.hf_peer import randomise, tiny, tokens
+
+PROMPT, NEW = CHUNK - 10, 30  # the cache moves on the way
+
+
+class Replayed:
+    """What a graph of `work` does: whatever the host knew when it was recorded, it knows for good."""
+
+    cache: ClassVar[LatentCache]
+
+    def __init__(self, work: Callable[[list[Tensor], int], Tensor], device: torch.device) -> None:
+        self.work, self.lengths = work, dict[int, int]()
+
+    def __call__(self, inputs: list[Tensor], kind: int) -> Tensor:
+        length = self.cache.length
+        self.cache.length = self.lengths.setdefault(kind, length)
+        try:
+            return self.work(inputs, kind)
+        finally:
+            self.cache.length = length
+
+
+def model_and_caches(device: str, dtype: torch.dtype) -> tuple[LanguageModel, Tensor, LatentCache, LatentCache]:
+    """Two caches that hold the same prompts."""
+    config = tiny(max_position_embeddings=2 * CHUNK)
+    model = LanguageModel(config)
+    randomise(model)
+    model.to(device, dtype)
+    ids = tokens(config, 3, PROMPT + NEW).to(device)
+    caches = [model.new_cache(3) for _ in range(2)]
+    for cache in caches:
+        model.forward_cached(ids[:, :PROMPT], cache)
+    return model, ids, *caches
+
+
+def assert_same_steps(decoder: RecordedDecoder, model: LanguageModel, ids: Tensor, own: LatentCache) -> None:
+    """Also after the cache was cut to what a reply shares with the one before."""
+    for start in (PROMPT, PROMPT + 3):
+        decoder.cache.truncate(start)
+        own.truncate(start)
+        for column in ids[:, start:].split(1, dim=1):
+            expected = model.forward_cached(column, own)[:, 0]
+            assert torch.equal(decoder.step(column.flatten().tolist()), expected)
+            assert decoder.cache.length == own.length
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_steps_are_the_models(waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids, cache, own = model_and_caches("cpu", torch.float32)
+    monkeypatch.setattr(Replayed, "cache", cache, raising=False)
+    monkeypatch.setattr(recorded, "Recorded", Replayed)
+    monkeypatch.setattr(recorded, "waits", lambda call: (call(), waits)[1])
+    decoder = RecordedDecoder(model, cache)
+    assert_same_steps(decoder, model, ids, own)
+    assert [*decoder.recorded.lengths] == ([] if waits else [CHUNK, 2 * CHUNK])  # type: ignore[attr-defined]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_on_a_gpu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids, cache, own = model_and_caches("cuda", dtype)
+    replays: list[None] = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(None), replay(graph)))
+    decoder = RecordedDecoder(model, cache)
+    assert_same_steps(decoder, model, ids, own)
+    assert decoder.waits is False
+    assert len(replays) == NEW + NEW - 3 - 2  # all but the first in each memory
+
+
+@pytest.mark.gpu
+def test_generation_on_a_gpu_is_repeated_forward() -> None:
+    model, ids, _, cache = model_and_caches("cuda", torch.float32)
+    said = model.generate(ids[:, :PROMPT], NEW, stop_ids=())
+    logits = torch.cat([model.forward_cached(c, cache) for c in said[:, PROMPT:].split(1, dim=1)], dim=1)
+    assert torch.equal(logits.argmax(-1)[:, :-1], said[:, PROMPT + 1 :])
