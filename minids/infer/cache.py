@@ -43,6 +43,10 @@ class LatentCache:
         grown[:, :, : self.length] = self.rows[:, :, : self.length]
         self.rows = grown
 
+    def convert(self, dtype: torch.dtype) -> None:
+        """Rows are in `dtype` from here on."""
+        self.rows = self.rows.to(dtype)
+
     def truncate(self, length: int) -> None:
         """Keeps the first `length` tokens."""
         if not 0 <= length <= self.length:

@@ -4,7 +4,8 @@ At batch 1 every weight is read once a token and the rest is the cost of calling
 of `forward.py` in few calls: matrix-vector products into buffers made once, projections of one input joined into one
 matrix, an RMSNorm's statistic and the router's choice as Python numbers, rotations as complex products. Weights are
 read by numpy, whose BLAS takes 0.6 us to call, runs on all cores and reads a matrix stored by columns 1.2 to 6 times as
-fast as torch.mv; for that they are copied, 3 ms a million. What a context's length multiplies is torch's, which on one
+fast as torch.mv; for that they are copied, 3 ms a million, to fp32, which numpy multiplies in: half precision is
+slower to read with PyTorch than the copy with numpy. What a context's length multiplies is torch's, which on one
 core is as fast as numpy on two (with more, its threads and numpy's would wait for each other). A few sequences take
 turns layer by layer, while the layer's weights are in the processor's caches. Figures: benchmarks/decode.py.
 """
@@ -33,12 +34,13 @@ from minids.model.rope import rope_angles
 Array = NDArray[np.float32]
 MOST_SEQUENCES = 8  # above, matrix products over all sequences at once are faster
 MOST_PARAMETERS = 1 << 30  # the copy of the weights takes 4 bytes each
+DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
 def _column_major(*parts: Tensor) -> Array:
     """Matrices [Ni, K] as one [N, K], stored by columns; or a stack [E, N, K], each of its matrices stored so."""
     whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return whole.detach().mT.contiguous().mT.numpy()
+    return whole.detach().mT.to(torch.float32, memory_format=torch.contiguous_format, copy=True).mT.numpy()
 
 
 def _empty(*shape: int) -> Array:
@@ -60,7 +62,7 @@ class _Norm:
     """RMSNorm of one vector."""
 
     def __init__(self, norm: RMSNorm) -> None:
-        self.weight, self.eps = norm.weight.detach().numpy(), norm.eps
+        self.weight, self.eps = norm.weight.detach().float().numpy(), norm.eps
         self.out = np.empty_like(self.weight)
 
     def __call__(self, x: Array, out: Array | None = None) -> Array:
@@ -91,7 +93,7 @@ class _Attention:
         self.q = q
         nope, rotary_q = np.split(q.reshape(heads, -1), [config.qk_nope_head_dim], axis=1)
         self.nope, self.rotary = nope[:, None], rotary_q.view(np.complex64)
-        up = module.kv_b_proj.weight.detach().view(heads, -1, latent)
+        up = module.kv_b_proj.weight.detach().float().view(heads, -1, latent)
         w_uk, w_uv = up.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
         self.w_uk, self.w_uv = (w_uk * config.softmax_scale).numpy(), w_uv.contiguous().numpy()
         self.absorbed = torch.empty(heads, latent + rotary)
@@ -196,10 +198,11 @@ class Decoder:
 
     @staticmethod
     def fits(model: DeepseekV3, batch: int = 1) -> bool:
-        """Few sequences, fp32 weights on the CPU, even widths before rotated parts (complex views need that)."""
+        """Few sequences, weights on the CPU in fp32 or half precision, even widths before rotated parts (complex views
+        need that)."""
         even = model.config.kv_lora_rank % 2 == 0 and model.config.qk_nope_head_dim % 2 == 0
         weights = list(model.parameters())
-        plain = all(p.dtype == torch.float32 and p.device.type == "cpu" for p in weights)
+        plain = all(p.dtype in DTYPES and p.device.type == "cpu" for p in weights)
         return batch <= MOST_SEQUENCES and even and plain and sum(p.numel() for p in weights) <= MOST_PARAMETERS
 
     @torch.inference_mode()
@@ -214,6 +217,7 @@ class Decoder:
     def step(self, tokens: list[int], cache: LatentCache) -> Tensor:
         """Appends a token to each of the B sequences in `cache` -> logits [B, V]."""
         place, latent = cache.length, self.config.kv_lora_rank
+        cache.convert(torch.float32)
         cache.reserve(1)
         if place >= len(self.turns):
             self.turns = torch.complex(*rope_angles(self.config, torch.arange(cache.capacity))).numpy()
@@ -223,7 +227,7 @@ class Decoder:
         new = rows[:, place].numpy()
         latents, keys = new[:, :latent], new[:, latent:].view(np.complex64)
         views = zip(rows.unbind(), latents, keys, strict=True)
-        sequences = self.embedding[tokens].numpy()
+        sequences = self.embedding[tokens].float().numpy()
         with _one_thread():
             for attention, feed_forward in self.layers:
                 for x in sequences:

@@ -99,6 +99,7 @@ def forward_cached(model: DeepseekV3, input_ids: Tensor, cache: LatentCache, las
     """
     new = input_ids.shape[1]
     check_length(model, cache.length + new)
+    cache.convert(model.lm_head.weight.dtype)  # decoder.py leaves fp32
     cache.reserve(new)
     hidden = hidden_states(model, input_ids, cache, torch.full((1,), cache.length, device=input_ids.device))
     cache.length += new

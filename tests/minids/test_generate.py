@@ -114,6 +114,18 @@ def test_bfloat16_decodes_near_fp32() -> None:
     assert half.generate(ids, max_new_tokens=3, stop_ids=()).shape == (1, 23)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_decoder_takes_half_precision(dtype: torch.dtype) -> None:
+    """It computes in fp32 with the rounded weights; what others add to the cache then is theirs."""
+    half = build(tiny()).to(dtype)
+    ids = tokens(half.config, 2, 12)
+    cache, decoder = half.new_cache(2), Decoder(half)
+    logits = torch.stack([decoder.step(step, cache) for step in ids.T.tolist()], dim=1)
+    torch.testing.assert_close(logits, build(tiny()).to(dtype).float()(ids).logits, **CLOSE)
+    assert half.forward_cached(ids[:, :1], cache).dtype == cache.rows.dtype == dtype and cache.length == 13
+    assert Decoder.fits(half) and not Decoder.fits(half.double())
+
+
 def test_generated_ids_can_be_trained_on(model: LanguageModel) -> None:
     """Nothing of inference mode sticks to the result."""
     ids = model.generate(tokens(model.config, 2, 4), max_new_tokens=3, stop_ids=())
