@@ -239,12 +239,16 @@ def sampling_arguments(parser: Parser) -> None:
     parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="default 1: none")
     parser.add_argument("--seed", type=int, help="makes sampling repeatable")
     parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of weights; auto: bf16 on a GPU that has it"
+    )
 
 
 def voice(args: argparse.Namespace) -> Voice:
     """The model and how to sample from it; bad sampling settings are found before the model is read."""
     from minids.infer.sampling import Sampling
     from minids.loading import load
+    from minids.precision import pick_dtype
     from minids.talk import Voice
     from minids.train.loop import pick_device
 
@@ -256,7 +260,9 @@ def voice(args: argparse.Namespace) -> Voice:
     )
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens: got {args.max_new_tokens}, wanted a whole number >= 1")
-    model, tokenizer = load(args.model, device=pick_device(args.device))
+    device = pick_device(args.device)
+    as_stored = args.dtype == "auto" and device.type == "cpu"
+    model, tokenizer = load(args.model, device, None if as_stored else pick_dtype(args.dtype, device))
     return Voice(model, tokenizer, sampling, args.max_new_tokens, args.seed)
 
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from minids import config as c
-from minids.cli import COMMANDS, build_parser, main
+from minids.cli import COMMANDS, build_parser, main, voice
 from minids.errors import InputError, Interrupted
 from minids.terminal import canonical, to_json
 from tests.minids.tiny import TEXTS, chats, preferences, write_rows
@@ -324,6 +325,24 @@ def test_generate_streams_what_json_reports(work: Path) -> None:
     assert json.loads(said(*argv, "--json", "--chat"))["prompt_tokens"] != report["prompt_tokens"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "device", "dtype"),
+    [
+        ([], "cpu", None), (["--dtype", "bf16"], "cpu", torch.bfloat16), ([], "cuda", torch.bfloat16),
+        (["--dtype", "fp32"], "cuda", torch.float32),
+    ],
+)  # fmt: skip
+def test_dtype_of_weights(flags: list[str], device: str, dtype: torch.dtype | None, monkeypatch: Any) -> None:
+    def load(path: str, device: torch.device, dtype: torch.dtype | None) -> None:
+        raise InputError(f"{device.type} {dtype}")
+
+    monkeypatch.setattr("minids.loading.load", load)
+    monkeypatch.setattr("minids.train.loop.pick_device", lambda name: torch.device(device))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    with pytest.raises(InputError, match=f"^{device} {dtype}$"):
+        voice(build_parser().parse_args(["chat", "run", *flags]))
+
+
 def test_chat_answers_each_line_and_remembers(work: Path, monkeypatch: Any) -> None:
     def talk(lines: str) -> list[str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
@@ -336,7 +355,6 @@ def test_chat_answers_each_line_and_remembers(work: Path, monkeypatch: Any) -> N
 
 
 def test_export_loads_in_transformers_and_comes_back(work: Path, tmp_path: Path) -> None:
-    import torch
     from transformers import AutoTokenizer, DeepseekV3ForCausalLM
 
     out = tmp_path / "hf"
