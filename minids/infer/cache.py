@@ -5,6 +5,8 @@ Memory: 2 bytes * (512 + 64) * 61 layers = 70 KB a token for DeepSeek-V3 in bf16
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -13,9 +15,16 @@ from minids.config import ModelConfig
 CHUNK = 256  # tokens; room is made in multiples of this
 
 
+class Stepper(Protocol):
+    """A quick way to take one more token of each sequence, with a model's weights as they were when it was made."""
+
+    def step(self, tokens: list[int], cache: LatentCache) -> Tensor:
+        """Appends a token to each of the B sequences in `cache` -> logits [B, V], which hold until the next step."""
+
+
 class LatentCache:
     """`rows` [layers, B, capacity, C + R]: normalised latent, then rotated shared key. The first `length` tokens
-    of each of the B sequences are valid."""
+    of each of the B sequences are valid. `stepper`: that of the model whose tokens these are, once it was needed."""
 
     def __init__(self, config: ModelConfig, batch: int = 1, like: Tensor | None = None) -> None:
         """`like` gives dtype and device (a weight of the model)."""
@@ -23,6 +32,7 @@ class LatentCache:
         like = torch.empty(0) if like is None else like
         self.rows = like.new_empty(config.num_hidden_layers, batch, 0, width)
         self.length = 0
+        self.stepper: Stepper | None = None
 
     @property
     def batch(self) -> int:

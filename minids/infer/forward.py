@@ -36,20 +36,21 @@ def blocks(model: DeepseekV3) -> list[Block]:
 
 
 class _Places:
-    """Where the next `new` tokens of each of `batch` sequences lie, the same in all layers: angles of their rotation
+    """Where the next `new` tokens of each sequence lie, the same in all layers: angles of their rotation
     [B * S, R / 2], slots [B * S] in a cache whose pages are a sequence's rows each, that cache's page table, and
-    sequences' lengths, for the host and where the cache is. All but the host's follow from `start` [1]."""
+    sequences' lengths [B]. To expand rows, the host needs lengths, too."""
 
-    def __init__(self, model: DeepseekV3, cache: LatentCache, new: int, start: Tensor) -> None:
-        device = cache.rows.device
-        positions = start + torch.arange(new, device=device)
-        self.cos, self.sin = rope_angles(model.config, positions.repeat(cache.batch))
-        self.table = torch.arange(cache.batch, device=device).unsqueeze(1)
-        self.slots = (self.table * cache.capacity + positions).flatten()
-        self.lengths = torch.full((cache.batch,), cache.length + new)
-        self.seq_lens = (start + new).expand(cache.batch)
-        self.cu_seqlens = torch.arange(cache.batch + 1, dtype=torch.int32) * new
-        self.absorbed = 0 < new <= MOST_ABSORBED and cache.length > 0
+    def __init__(self, model: DeepseekV3, rows: Tensor, new: int, start: Tensor, length: int | None) -> None:
+        _, batch, capacity, _ = rows.shape
+        positions = start + torch.arange(new, device=rows.device)
+        self.cos, self.sin = rope_angles(model.config, positions.repeat(batch))
+        self.table = torch.arange(batch, device=rows.device).unsqueeze(1)
+        self.slots = (self.table * capacity + positions).flatten()
+        self.seq_lens = (start + new).expand(batch)
+        self.expanded: tuple[Tensor, Tensor] | None = None
+        if length is not None and not (length > 0 and 0 < new <= MOST_ABSORBED):
+            cu_seqlens = torch.arange(batch + 1, dtype=torch.int32) * new
+            self.expanded = torch.full((batch,), length + new), cu_seqlens
 
 
 def _absorbed(attention: Attention, q: tuple[Tensor, Tensor], rows: Tensor, places: _Places) -> Tensor:
@@ -71,20 +72,23 @@ def _attend(attention: Attention, x: Tensor, rows: Tensor, places: _Places) -> T
     nope, q_pe = attention.queries(queries).split([attention.config.qk_nope_head_dim, places.cos.shape[1] * 2], dim=-1)
     rotated = write_latent_cache(kv, norm.weight, places.cos, places.sin, rows, places.slots, norm.eps, q_pe)
     q, weight = (nope, rotated), attention.kv_b_proj.weight
-    if places.absorbed:
+    if places.expanded is None:
         return _absorbed(attention, q, rows, places)
-    return mla_prefill(q, rows, places.table, places.lengths, places.cu_seqlens, weight, scale)
+    return mla_prefill(q, rows, places.table, *places.expanded, weight, scale)
 
 
-def hidden_states(model: DeepseekV3, input_ids: Tensor, cache: LatentCache, start: Tensor) -> Tensor:
-    """Normed hidden states [B, S, D] of input_ids [B, S], whose rows are written behind the cache's `start` [1] int64
-    (its length, where the model is), for which there is room. The length itself is left as it is."""
+def hidden_states(
+    model: DeepseekV3, input_ids: Tensor, rows: Tensor, start: Tensor, length: int | None = None
+) -> Tensor:
+    """Normed hidden states [B, S, D] of input_ids [B, S], behind the first `start` [1] int64 tokens in a cache's `rows`
+    [layers, B, capacity, C + R], where theirs are written. `length`: the same number for the host; without it nothing
+    waits for a GPU, and new tokens attend in absorbed form, however many."""
     batch, new = input_ids.shape
-    places = _Places(model, cache, new, start)
+    places = _Places(model, rows, new, start, length)
     x, residual = model.model.embed_tokens(input_ids.flatten()), None
-    for layer, rows in zip(blocks(model), cache.rows, strict=True):
+    for layer, own in zip(blocks(model), rows, strict=True):
         normed, residual = layer.input_layernorm(x, residual)
-        out = layer.self_attn.o_proj(_attend(layer.self_attn, normed, rows, places).flatten(1))
+        out = layer.self_attn.o_proj(_attend(layer.self_attn, normed, own, places).flatten(1))
         normed, residual = layer.post_attention_layernorm(out, residual)
         x = layer.mlp(normed)[0] if isinstance(layer.mlp, MoE) else layer.mlp(normed)
     return model.model.norm(x, residual)[0].unflatten(0, (batch, new))
@@ -101,6 +105,7 @@ def forward_cached(model: DeepseekV3, input_ids: Tensor, cache: LatentCache, las
     check_length(model, cache.length + new)
     cache.convert(model.lm_head.weight.dtype)  # decoder.py leaves fp32
     cache.reserve(new)
-    hidden = hidden_states(model, input_ids, cache, torch.full((1,), cache.length, device=input_ids.device))
+    start = torch.full((1,), cache.length, device=input_ids.device)
+    hidden = hidden_states(model, input_ids, cache.rows, start, cache.length)
     cache.length += new
     return model.lm_head(hidden[:, -1:] if last_only else hidden)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minids.config import ModelConfig
 from minids.errors import InputError
-from minids.infer.cache import LatentCache
+from minids.infer.cache import LatentCache, Stepper
 from minids.infer.decoder import Decoder
 from minids.infer.forward import check_length, forward_cached
 from minids.infer.recorded import RecordedDecoder
@@ -81,7 +81,7 @@ class LanguageModel(DeepseekV3):
         """Yields the B ids of each step as soon as they are chosen; the arguments and errors of `generate`.
 
         `cache`: holds the first tokens of `input_ids` [B, T] already, fewer than T. It gains the rest of them and
-        every id yielded but the last. The weights must not change between the steps.
+        every id yielded but the last. The weights must not change between the steps, nor while a cache is in use.
         """
         self._check(input_ids, max_new_tokens, cache)
         stops = {self.config.eos_token_id} if stop_ids is None else set(stop_ids)
@@ -108,14 +108,21 @@ class LanguageModel(DeepseekV3):
         check_length(self, input_ids.shape[1] + max_new_tokens)
 
 
-def _stepper(model: LanguageModel, cache: LatentCache) -> Callable[[list[int]], Tensor]:
-    """Appends a token to each of the B sequences -> logits [B, V], until the next call."""
+class _Forward:
+    """The Stepper of models that no other fits."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
+
+    def step(self, tokens: list[int], cache: LatentCache) -> Tensor:
+        input_ids = torch.tensor(tokens, device=cache.rows.device).unsqueeze(1)
+        return forward_cached(self.model, input_ids, cache)[:, -1]
+
+
+def _stepper(model: LanguageModel, cache: LatentCache) -> Stepper:
     if Decoder.fits(model, cache.batch):
-        decoder = Decoder(model)
-        return lambda ids: decoder.step(ids, cache)
-    if (device := cache.rows.device).type == "cuda":
-        return RecordedDecoder(model, cache).step
-    return lambda ids: forward_cached(model, torch.tensor(ids, device=device).unsqueeze(1), cache)[:, -1]
+        return Decoder(model)
+    return RecordedDecoder(model) if cache.rows.is_cuda else _Forward(model)
 
 
 @torch.inference_mode()
@@ -134,7 +141,6 @@ def _stream(
     if sampling.repetition_penalty != 1:
         seen = torch.zeros(input_ids.shape[0], config.vocab_size, dtype=torch.bool, device=input_ids.device)
         seen.scatter_(1, input_ids, True)
-    step = _stepper(model, cache)
     done = [False] * len(input_ids)
     logits = forward_cached(model, input_ids[:, cache.length :], cache, last_only=True)[:, 0]
     for left in range(max_new_tokens - 1, -1, -1):
@@ -146,4 +152,6 @@ def _stream(
             return
         if seen is not None:
             seen.scatter_(1, torch.tensor(ids, device=input_ids.device).unsqueeze(1), True)
-        logits = step(ids)
+        if cache.stepper is None:
+            cache.stepper = _stepper(model, cache)
+        logits = cache.stepper.step(ids, cache)

@@ -10,36 +10,47 @@ from minids.infer.cache import LatentCache
 from minids.infer.forward import hidden_states
 from minids.model.model import DeepseekV3
 
+Memory = tuple[int, int]  # a cache's address and capacity: what a graph may be replayed on
 
-class RecordedDecoder:
-    """Steps a model on a GPU through the sequences of a cache, with its weights where they are now. The cache's length
-    lies on the GPU, so one graph serves all steps until the cache moves to larger memory. Work that waits for the GPU,
-    as PyTorch's own path does where no kernel fits, cannot be recorded and runs as it is."""
 
-    def __init__(self, model: DeepseekV3, cache: LatentCache) -> None:
-        self.model, self.cache, self.device = model, cache, cache.rows.device
-        self.recorded: Recorded[int, Tensor] = Recorded(self._logits, self.device)
-        self.waits: bool | None = None  # not known yet
+class _Step:
+    """A step on `rows`, those of a cache [layers, B, capacity, C + R]."""
 
-    def _logits(self, inputs: list[Tensor], capacity: int) -> Tensor:
-        """[B, V] from [B + 1]: a token of each sequence, and the cache's length."""
-        tokens, start = inputs[0].split([self.cache.batch, 1])
-        hidden = hidden_states(self.model, tokens.unsqueeze(1), self.cache, start)
-        logits: Tensor = self.model.lm_head(hidden[:, -1])
+    rows: Tensor
+
+    def __init__(self, model: DeepseekV3) -> None:
+        self.model = model
+
+    def __call__(self, inputs: list[Tensor], memory: Memory) -> Tensor:
+        """Logits [B, V] from [B + 1]: a token of each sequence, and how many there are before it."""
+        tokens, start = inputs[0].split([inputs[0].shape[0] - 1, 1])
+        logits: Tensor = self.model.lm_head(hidden_states(self.model, tokens.unsqueeze(1), self.rows, start)[:, -1])
         return logits
 
+
+class RecordedDecoder:
+    """Steps a model on a GPU through sequences, with its weights where they are now. The cache's length lies on the
+    GPU, so one graph serves all steps until the cache moves to larger memory. Work that waits for the GPU, as PyTorch's
+    own path does where no kernel fits, cannot be recorded and runs as it is."""
+
+    def __init__(self, model: DeepseekV3) -> None:
+        self.device = model.lm_head.weight.device
+        self.work = _Step(model)
+        self.recorded: Recorded[Memory, Tensor] = Recorded(self.work, self.device)
+        self.waits: bool | None = None  # not known yet
+
     @torch.inference_mode()
-    def step(self, tokens: list[int]) -> Tensor:
-        """Appends a token to each of the B sequences -> logits [B, V], which hold until the next step."""
-        cache = self.cache
+    def step(self, tokens: list[int], cache: LatentCache) -> Tensor:
+        """See `Stepper`."""
         cache.reserve(1)
+        self.work.rows, memory = cache.rows, (cache.rows.data_ptr(), cache.capacity)
         inputs = [torch.tensor([*tokens, cache.length])]
         if self.waits is None:
             queued = [x.to(self.device) for x in inputs]
-            self.waits = waits(lambda: self._logits(queued, cache.capacity))  # writes what this step writes, too
+            self.waits = waits(lambda: self.work(queued, memory))  # writes what this step writes, too
         if self.waits:
-            logits = self._logits([x.to(self.device) for x in inputs], cache.capacity)
+            logits = self.work([x.to(self.device) for x in inputs], memory)
         else:
-            logits = self.recorded(inputs, cache.capacity)
+            logits = self.recorded(inputs, memory)
         cache.length += 1
         return logits

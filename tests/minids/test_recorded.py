@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
 
 import pytest
 import torch
@@ -16,23 +15,6 @@ from minids.infer.recorded import RecordedDecoder
 from tests.minids.hf_peer import randomise, tiny, tokens
 
 PROMPT, NEW = CHUNK - 10, 30  # the cache moves on the way
-
-
-class Replayed:
-    """What a graph of `work` does: whatever the host knew when it was recorded, it knows for good."""
-
-    cache: ClassVar[LatentCache]
-
-    def __init__(self, work: Callable[[list[Tensor], int], Tensor], device: torch.device) -> None:
-        self.work, self.lengths = work, dict[int, int]()
-
-    def __call__(self, inputs: list[Tensor], kind: int) -> Tensor:
-        length = self.cache.length
-        self.cache.length = self.lengths.setdefault(kind, length)
-        try:
-            return self.work(inputs, kind)
-        finally:
-            self.cache.length = length
 
 
 def model_and_caches(device: str, dtype: torch.dtype) -> tuple[LanguageModel, Tensor, LatentCache, LatentCache]:
@@ -48,26 +30,35 @@ def model_and_caches(device: str, dtype: torch.dtype) -> tuple[LanguageModel, Te
     return model, ids, *caches
 
 
-def assert_same_steps(decoder: RecordedDecoder, model: LanguageModel, ids: Tensor, own: LatentCache) -> None:
+def assert_same_steps(
+    decoder: RecordedDecoder, model: LanguageModel, ids: Tensor, cache: LatentCache, own: LatentCache
+) -> None:
     """Also after the cache was cut to what a reply shares with the one before."""
     for start in (PROMPT, PROMPT + 3):
-        decoder.cache.truncate(start)
+        cache.truncate(start)
         own.truncate(start)
         for column in ids[:, start:].split(1, dim=1):
             expected = model.forward_cached(column, own)[:, 0]
-            assert torch.equal(decoder.step(column.flatten().tolist()), expected)
-            assert decoder.cache.length == own.length
+            assert torch.equal(decoder.step(column.flatten().tolist(), cache), expected)
+            assert cache.length == own.length
 
 
 @pytest.mark.parametrize("waits", [False, True])
 def test_steps_are_the_models(waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids, cache, own = model_and_caches("cpu", torch.float32)
-    monkeypatch.setattr(Replayed, "cache", cache, raising=False)
-    monkeypatch.setattr(recorded, "Recorded", Replayed)
+    capacities: list[int] = []
+
+    def replay(work: Callable[[list[Tensor], tuple[int, int]], Tensor], device: torch.device) -> Callable[..., Tensor]:
+        def step(inputs: list[Tensor], memory: tuple[int, int]) -> Tensor:
+            capacities.append(memory[1])
+            return work(inputs, memory)
+
+        return step
+
+    monkeypatch.setattr(recorded, "Recorded", replay)
     monkeypatch.setattr(recorded, "waits", lambda call: (call(), waits)[1])
-    decoder = RecordedDecoder(model, cache)
-    assert_same_steps(decoder, model, ids, own)
-    assert [*decoder.recorded.lengths] == ([] if waits else [CHUNK, 2 * CHUNK])  # type: ignore[attr-defined]
+    assert_same_steps(RecordedDecoder(model), model, ids, cache, own)
+    assert [*dict.fromkeys(capacities)] == ([] if waits else [CHUNK, 2 * CHUNK])
 
 
 @pytest.mark.gpu
@@ -77,8 +68,8 @@ def test_on_a_gpu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     replays: list[None] = []
     replay = torch.cuda.CUDAGraph.replay
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(None), replay(graph)))
-    decoder = RecordedDecoder(model, cache)
-    assert_same_steps(decoder, model, ids, own)
+    decoder = RecordedDecoder(model)
+    assert_same_steps(decoder, model, ids, cache, own)
     assert decoder.waits is False
     assert len(replays) == NEW + NEW - 3 - 2  # all but the first in each memory
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from minids.errors import InputError
+from minids.infer.decoder import Decoder
 from minids.infer.generate import LanguageModel
 from minids.infer.sampling import Sampling
 from minids.talk import Conversation, Voice
@@ -57,6 +58,16 @@ def test_cached_turns_answer_like_fresh_ones() -> None:
         turns.append({"role": "assistant", "content": answer})
     assert conversation.turns == turns[1:]
     assert conversation.cache.length > 0
+
+
+def test_a_conversation_prepares_its_weights_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Decoder] = []
+    monkeypatch.setattr("minids.infer.generate.Decoder.__init__", lambda self, model: made.append(self))
+    monkeypatch.setattr("minids.infer.generate.Decoder.step", lambda self, ids, cache: torch.ones(1, 400))
+    conversation = Conversation(voice())
+    for question in ("3 and 1?", "ok"):
+        assert "".join(conversation.say(question))
+    assert len(made) == 1
 
 
 def test_an_answer_may_be_left_early() -> None:
