@@ -7,9 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from minids.infer import recorded
 from minids.infer.cache import CHUNK, LatentCache
+from minids.infer.forward import hidden_states
 from minids.infer.generate import LanguageModel
 from minids.infer.recorded import RecordedDecoder
 from tests.minids.hf_peer import randomise, tiny, tokens
@@ -59,6 +61,16 @@ def test_steps_are_the_models(waits: bool, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(recorded, "waits", lambda call: (call(), waits)[1])
     assert_same_steps(RecordedDecoder(model), model, ids, cache, own)
     assert [*dict.fromkeys(capacities)] == ([] if waits else [CHUNK, 2 * CHUNK])
+
+
+def test_a_step_reads_no_number_back() -> None:
+    """Tensors without numbers refuse to be read: on a GPU that would be waited for."""
+    with FakeTensorMode(), torch.no_grad():
+        model, one = LanguageModel(tiny()), torch.ones(1, dtype=torch.int64)
+        rows = model.new_cache(2).rows.new_empty(3, 2, CHUNK, 16 + 8)
+        assert hidden_states(model, one.expand(2, 1), rows, one).shape == (2, 1, 40)
+        with pytest.raises(DataDependentOutputException):
+            one.item()
 
 
 @pytest.mark.gpu
