@@ -240,7 +240,10 @@ def sampling_arguments(parser: Parser) -> None:
     parser.add_argument("--seed", type=int, help="makes sampling repeatable")
     parser.add_argument("--device", default="auto")
     parser.add_argument(
-        "--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of weights; auto: bf16 on a GPU that has it"
+        "--dtype",
+        default="auto",
+        choices=["auto", "bf16", "fp32"],
+        help="of weights; auto: bf16 on a GPU, on a CPU as stored if it multiplies quickly in that, else fp32",
     )
 
 
@@ -261,8 +264,10 @@ def voice(args: argparse.Namespace) -> Voice:
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens: got {args.max_new_tokens}, wanted a whole number >= 1")
     device = pick_device(args.device)
-    as_stored = args.dtype == "auto" and device.type == "cpu"
-    model, tokenizer = load(args.model, device, None if as_stored else pick_dtype(args.dtype, device))
+    dtype, as_stored = pick_dtype(args.dtype, device), args.dtype == "auto" and device.type == "cpu"
+    model, tokenizer = load(args.model, device, None if as_stored else dtype)
+    if as_stored and model.lm_head.weight.dtype != dtype:
+        model.float()
     return Voice(model, tokenizer, sampling, args.max_new_tokens, args.seed)
 
 

@@ -20,7 +20,9 @@ import torch
 from minids import config as c
 from minids.cli import COMMANDS, build_parser, main, voice
 from minids.errors import InputError, Interrupted
+from minids.infer.generate import LanguageModel
 from minids.terminal import canonical, to_json
+from tests.minids import tiny
 from tests.minids.tiny import TEXTS, chats, preferences, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -326,21 +328,30 @@ def test_generate_streams_what_json_reports(work: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "device", "dtype"),
+    ("flags", "device", "quick_bf16", "stored", "dtype"),
     [
-        ([], "cpu", None), (["--dtype", "bf16"], "cpu", torch.bfloat16), ([], "cuda", torch.bfloat16),
-        (["--dtype", "fp32"], "cuda", torch.float32),
+        ([], "cpu", True, "float32", "float32"), ([], "cpu", True, "bfloat16", "bfloat16"),
+        ([], "cpu", True, "float16", "float32"), ([], "cpu", False, "bfloat16", "float32"),
+        (["--dtype", "bf16"], "cpu", False, "float32", "bfloat16"), ([], "cuda", True, "float32", "bfloat16"),
+        ([], "cuda", False, "float32", "float32"), (["--dtype", "fp32"], "cuda", True, "bfloat16", "float32"),
     ],
 )  # fmt: skip
-def test_dtype_of_weights(flags: list[str], device: str, dtype: torch.dtype | None, monkeypatch: Any) -> None:
-    def load(path: str, device: torch.device, dtype: torch.dtype | None) -> None:
-        raise InputError(f"{device.type} {dtype}")
+def test_dtype_of_weights(
+    flags: list[str], device: str, quick_bf16: bool, stored: str, dtype: str, monkeypatch: Any
+) -> None:
+    tokenizer = tiny.tokenizer()
+
+    def load(path: str, where: torch.device, dtype: torch.dtype | None) -> Any:
+        assert where.type == device
+        model = LanguageModel(tiny.model_config(tokenizer.vocab_size))
+        return model.to(getattr(torch, stored) if dtype is None else dtype), tokenizer
 
     monkeypatch.setattr("minids.loading.load", load)
     monkeypatch.setattr("minids.train.loop.pick_device", lambda name: torch.device(device))
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
-    with pytest.raises(InputError, match=f"^{device} {dtype}$"):
-        voice(build_parser().parse_args(["chat", "run", *flags]))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: quick_bf16)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": quick_bf16})
+    model = voice(build_parser().parse_args(["chat", "run", *flags])).model
+    assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
 
 
 def test_chat_answers_each_line_and_remembers(work: Path, monkeypatch: Any) -> None:
