@@ -7,6 +7,7 @@ launch.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -85,7 +86,8 @@ class Recorded(Generic[Kind, Result]):
 def waits(call: Callable[[], object]) -> bool:
     """Whether `call` waits for a GPU somewhere, as far as PyTorch knows, or breaks."""
     mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings(action="ignore"):  # it says once that it is new
+        torch.cuda.set_sync_debug_mode("error")
     try:
         call()
     except RuntimeError:
