@@ -3,7 +3,8 @@
     python -m benchmarks.first_step [the options of benchmarks.train that set the model and the batch]
 
 Two processes one after the other: the first with empty caches of the compilers, the second with what that one left
-there. Prints one JSON object: for each its seconds in all, and how they were spent; on stderr when each has ended.
+there. Prints one JSON object: for each its seconds in all, and how they were spent ("import": all but torch); on stderr
+when each has ended.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def first_step() -> None:
     marks = [time.perf_counter()]
     import torch
 
+    marks.append(time.perf_counter())
     from benchmarks import train
     from minids.train.loop import pick_device
 
@@ -38,7 +40,7 @@ def first_step() -> None:
     marks.append(time.perf_counter())
     side.step(batch)
     marks.append(time.perf_counter())
-    names = ("import", "model", "step")
+    names = ("import torch", "import", "model", "step")
     spent = {name: round(b - a, 2) for name, a, b in zip(names, marks, marks[1:], strict=False)}
     print(json.dumps({"seconds": round(marks[-1] - marks[0], 2), **spent}))
 

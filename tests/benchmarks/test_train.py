@@ -269,4 +269,6 @@ def test_first_step(capsys: pytest.CaptureFixture[str]) -> None:
     captured = capsys.readouterr()
     found = json.loads(captured.out)
     assert [line.split(":")[0] for line in captured.err.splitlines()] == ["cold", "warm"]
-    assert found["cold"]["step"] > 0 and found["warm"]["seconds"] > found["warm"]["import"] > 0
+    assert found["cold"]["step"] > 0 and found["warm"]["seconds"] > found["warm"]["import torch"] > 0
+    parts = [value for name, value in found["warm"].items() if name != "seconds"]
+    assert len(parts) == 4 and sum(parts) == pytest.approx(found["warm"]["seconds"], abs=0.03)
