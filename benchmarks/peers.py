@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,11 @@ def minimind_settings(config: ModelConfig, use_moe: bool) -> dict[str, Any]:
 
 def minimind_file(checkout: Path) -> Path:
     return checkout / "model" / "model_minimind.py"
+
+
+def minimind_version(checkout: Path) -> str:
+    """The first digits of its model file's SHA-256: a checkout need not know its commit."""
+    return hashlib.sha256(minimind_file(checkout).read_bytes()).hexdigest()[:12]
 
 
 def minimind_model(config: ModelConfig, checkout: Path, use_moe: bool) -> torch.nn.Module:

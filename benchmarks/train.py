@@ -52,7 +52,7 @@ from torch.autograd import DeviceType
 from benchmarks import timing
 from benchmarks.cases import MINI
 from benchmarks.flops import active_ffn_width, training_flops_per_token
-from benchmarks.peers import autocast_experts, minimind_file, minimind_model, transformers_model
+from benchmarks.peers import autocast_experts, minimind_file, minimind_model, minimind_version, transformers_model
 from benchmarks.watch import say, shown
 from minids.config import PRESETS, ModelConfig, TrainConfig, preset
 from minids.device import keep_freed_memory, queue_copy
@@ -385,7 +385,11 @@ def report(
     found: dict[str, Any] = {
         "what": f"training step, {options.batch} x {options.length} tokens, {parameters} parameters",
         "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__, "transformers": importlib.metadata.version("transformers")},
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": importlib.metadata.version("transformers"),
+            **({"minimind": minimind_version(options.minimind)} if options.minimind else {}),
+        },
         "warm_up_tokens_per_second": warm,
         "rounds": len(sides[0].seconds) - warmup,
         "tokens_per_second": {name: round(value) for name, value in speed.items()},

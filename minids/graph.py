@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 
 
 class CannotRecord(RuntimeError):
-    """Says why."""
+    """A step that is no CUDA graph; the message is PyTorch's reason."""
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from minids.device import queue_copy
 from minids.graph import Recorded, waits
 from minids.infer.cache import LatentCache
 from minids.infer.forward import hidden_states
@@ -44,13 +45,9 @@ class RecordedDecoder:
         """See `Stepper`."""
         cache.reserve(1)
         self.work.rows, memory = cache.rows, (cache.rows.data_ptr(), cache.capacity)
-        inputs = [torch.tensor([*tokens, cache.length])]
+        inputs = [queue_copy(torch.tensor([*tokens, cache.length]), self.device)]
         if self.waits is None:
-            queued = [x.to(self.device) for x in inputs]
-            self.waits = waits(lambda: self.work(queued, memory))  # writes what this step writes, too
-        if self.waits:
-            logits = self.work([x.to(self.device) for x in inputs], memory)
-        else:
-            logits = self.recorded(inputs, memory)
+            self.waits = waits(lambda: self.work(inputs, memory))  # writes what this step writes, too
+        logits = (self.work if self.waits else self.recorded)(inputs, memory)
         cache.length += 1
         return logits
