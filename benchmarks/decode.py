@@ -142,7 +142,7 @@ def measure(all_sides: dict[str, dict[str, Generate]], ids: Tensor, tokens: int,
     }
 
 
-def main() -> None:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 512, 2048], help="prompt lengths in tokens")
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
@@ -150,7 +150,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of all sides")
     parser.add_argument("--threads", type=int, help="default: torch's")
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse(arguments)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if args.threads:

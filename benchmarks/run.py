@@ -1,7 +1,7 @@
 """Times the kernels beside their peers: every contestant is proven right first, then all are timed in turn.
 
     python -m benchmarks.run [--op rms_norm ...] [--peers eager liger ...] [--quick] [--cold] [--repeats 50]
-                             [--limit 60] [--minutes 9] [--out FILE.json] [--resume]
+                             [--limit 60] [--minutes 9] [--out FILE.json] [--resume] [--commit NAME]
 
 On a GPU where there is one (CUDA-graph replay, cold L2), else on the CPU. Writes
 benchmarks/results/<device>_<date>_<commit>.json, again after each case, so that a crash costs one case. First comes one
@@ -109,8 +109,8 @@ def begin(options: argparse.Namespace, device: torch.device, command: Sequence[s
     """A result without rows; or, to go on with, that in `options.out`, whose ceilings stay. Raises InputError where it
     was measured under other conditions."""
     result: dict[str, Any] = {
-        "kind": "kernels", "date": datetime.date.today().isoformat(), "device": describe(device), "commit": commit(),
-        "command": shlex.join(command), "repeats": options.repeats, "cold": options.cold,
+        "kind": "kernels", "date": datetime.date.today().isoformat(), "device": describe(device),
+        "commit": options.commit, "command": shlex.join(command), "repeats": options.repeats, "cold": options.cold,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "ceilings": {}, "rows": [], "goals": [], "left_out": [],
     }  # fmt: skip
@@ -168,10 +168,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no further case after them")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<device>_<date>_<commit>.json")
     parser.add_argument("--resume", action="store_true", help="go on with the cases that are not in that file yet")
+    parser.add_argument("--commit", default=commit(), help="the name of this state, where git is not there to tell")
     options = parser.parse_args(arguments)
     options.repeats = options.repeats or (10 if options.quick else 50)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    stem = f"{slug(device.type + ' ' + describe(device)['name'])}_{datetime.date.today().isoformat()}_{commit()}"
+    stem = f"{slug(device.type + ' ' + describe(device)['name'])}_{datetime.date.today().isoformat()}_{options.commit}"
     options.out = options.out or RESULTS / f"{stem}.json"
     switches = [f"{name}={os.environ[name]}" for name in UNTUNED if name in os.environ]
     command = [*switches, "python", "-m", "benchmarks.run", *(sys.argv[1:] if arguments is None else arguments)]

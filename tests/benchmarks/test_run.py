@@ -312,15 +312,14 @@ def test_a_run_that_was_cut_off_is_gone_on_with(
 
 
 def test_only_a_result_of_the_same_conditions_is_gone_on_with(
-    three_cases: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    three_cases: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "r.json"
     assert run.main(command(out, "--minutes", "1e-9")) == 0
     before = out.read_text()
     assert run.main([*command(out, "--resume"), "--repeats", "3"]) == 2
     assert "repeats was 2, now it is 3" in capfd.readouterr().err
-    monkeypatch.setattr(run, "commit", lambda: "another")
-    assert run.main(command(out, "--resume")) == 2
+    assert run.main(command(out, "--resume", "--commit", "another")) == 2
     assert "now it is another" in capfd.readouterr().err and out.read_text() == before
     out.write_text("{}")
     assert run.main(command(out, "--resume")) == 2
