@@ -205,8 +205,10 @@ def tuning(device: torch.device) -> dict[str, Tuning]:
             swapped: dict[str, Any] = dict(SWAP=(True,), BLOCK_Q=(max(16, min(64, shape["M"])),))
             pointers = combinations(TMA=(False,), **swapped, **common)
             return pointers + combinations(**swapped, **parts) + combinations(BLOCK_Q=(32, 64, 128), **parts)
-        forms = [dict(GROUPS=2)] if wgrad else [dict(GROUPS=g, PIECES=p) for g, p in ((2, 1), (2, 2), (3, 1))]
-        by_hand = [form | dict(STAGES=6 if wgrad else 4, STRIPE=8) for form in forms]
+        by_hand = [
+            dict(GROUPS=groups, PIECES=pieces, STAGES=6 if wgrad else 4, STRIPE=8)
+            for groups, pieces in ((2, 1), (2, 2), *(() if wgrad else ((3, 1),)))
+        ]
         return by_hand + combinations(
             TMA=(True, False), BLOCK_P=(64, 128), BLOCK_Q=(64, 128), STAGES=(3, 4), num_warps=(4, 8), **common
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -153,8 +153,8 @@ def tuning(device: torch.device) -> dict[str, Tuning]:
         offsets = _offsets(len(x), EXPERTS, True, device)
         return lambda: quantize_segments_transposed(x, offsets)
 
-    def tiles(shape: Mapping[str, int]) -> list[dict[str, Any]]:
-        return combinations(GROUPS=(2, 3), STAGES=(4,), STRIPE=(8,)) + combinations(
+    def tiles(by_hand: Sequence[dict[str, int]], shape: Mapping[str, int]) -> list[dict[str, Any]]:
+        return [form | dict(STAGES=4, STRIPE=8) for form in by_hand] + combinations(
             TMA=(True, False), BLOCK_P=(64, 128), BLOCK_Q=(64, 128), BLOCK_K=(128,), STRIPE=(8,), STAGES=(3, 4),
             num_warps=(4, 8),
         )  # fmt: skip
@@ -165,9 +165,9 @@ def tuning(device: torch.device) -> dict[str, Tuning]:
         )
 
     return {
-        "many": Tuning(forward, tiles),
+        "many": Tuning(forward, partial(tiles, [dict(GROUPS=g, PIECES=p) for g, p in ((2, 1), (2, 2), (3, 1))])),
         "small": Tuning(forward, small),
-        "wgrad": Tuning(wgrad, tiles),
+        "wgrad": Tuning(wgrad, partial(tiles, [dict(GROUPS=2)])),
         "quantize_segments_transposed": Tuning(
             quantise, lambda shape: combinations(COLS=(16, 32, 64, 128), num_warps=(4, 8, 16))
         ),

@@ -10,7 +10,8 @@ arrive while the last one is stored.
 
 A multiplying thread of the forward fetches its scales itself, two steps ahead: two of a's rows a piece, one of b's
 block. In the weight gradient it needs those of 32 of b's rows, too. Scales come there with the codes, in rings beside
-theirs, filled by a warp of its own; each of its 32 threads arrives on `full`, too.
+theirs, filled by a warp of its own; each of its 32 threads arrives on `full`, too. A piece reads them while its product
+is made.
 """
 
 from __future__ import annotations
@@ -92,6 +93,17 @@ def _fetch(a, b, rings, shape, STRIPS: gl.constexpr, STRIPE: gl.constexpr, STAGE
             stage, phase = _next(stage, phase, STAGES)
 
 
+@gluon.jit
+def _promote(product, factors, acc, PIECES: gl.constexpr):
+    """acc + product * factors [64, 1] in fp32."""
+    acc = gl.fma(product, factors.broadcast_to(product.shape), acc)
+    if PIECES > 1:  # in front of the next product, so that both products share registers
+        acc = gl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=f,f", [acc], dtype=gl.float32, is_pure=False, pack=1
+        )  # fmt: skip
+    return acc
+
+
 # --- forward and data gradient ----------------------------------------------------------------------------------------
 
 
@@ -144,13 +156,7 @@ def _multiply(
                 product = warpgroup_mma_wait(0, deps=(product,))
                 if piece == PIECES - 1:
                     mbarrier.arrive(empty.index(stage), count=1)  # by one thread, after a barrier of the four warps
-                factors = (a_factors[piece] * b_factor).expand_dims(1).broadcast_to(product.shape)
-                acc = gl.fma(product, factors, accs[piece])  # the promotion to fp32
-                if PIECES > 1:  # in front of the next product, so that both products share registers
-                    acc = gl.inline_asm_elementwise(
-                        "mov.b32 $0, $1;", "=f,f", [acc], dtype=gl.float32, is_pure=False, pack=1
-                    )
-                sums += (acc,)
+                sums += (_promote(product, (a_factors[piece] * b_factor).expand_dims(1), accs[piece], PIECES),)
             accs = sums
             now, soon = soon, later
             stage, phase = _next(stage, phase, STAGES)
@@ -211,29 +217,30 @@ def _fetch_scales(scales, scale_rings, shape, STRIPS: gl.constexpr, STRIPE: gl.c
     stage, phase = gl.to_tensor(0), gl.to_tensor(0)
     for tile in range(gl.program_id(0), gl.cdiv(M, BLOCK_M) * gl.cdiv(N, COLUMNS), gl.num_programs(0)):
         m, n = _origin(tile, M, N, BLOCK_M, STRIPE)
-        columns = b_scale + gl.minimum(n + gl.arange(0, COLUMNS, LAYOUT), N - 1).to(gl.int64) * b_stride
-        strips: gl.tuple = ()
+        strip_scales, columns = a_scale + m.to(gl.int64) * a_stride, b_scale + n.to(gl.int64) * b_stride
+        column = gl.minimum(gl.arange(0, COLUMNS, LAYOUT), N - 1 - n) * b_stride
+        rows: gl.tuple = ()
         for strip in gl.static_range(STRIPS):
-            row = gl.minimum(m + strip * ROWS + gl.arange(0, ROWS, LAYOUT), M - 1)
-            strips += (a_scale + row.to(gl.int64) * a_stride,)
+            rows += (gl.minimum(strip * ROWS + gl.arange(0, ROWS, LAYOUT), M - 1 - m) * a_stride,)
         for k in range(gl.cdiv(K, DEPTH)):
             mbarrier.wait(empty.index(stage), phase ^ 1)
-            async_copy.async_copy_global_to_shared(b_scales.index(stage), columns + k * b_k_stride)
+            async_copy.async_copy_global_to_shared(b_scales.index(stage), columns + k * b_k_stride + column)
             for strip in gl.static_range(STRIPS):
                 part = a_scales.index(stage * STRIPS + strip)
-                async_copy.async_copy_global_to_shared(part, strips[strip] + k * a_k_stride)
+                async_copy.async_copy_global_to_shared(part, strip_scales + k * a_k_stride + rows[strip])
             async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
             stage, phase = _next(stage, phase, STAGES)
 
 
 @gluon.jit
 def _multiply_wgrad(
-    target, rings, shape,
-    GROUP: gl.constexpr, GROUPS: gl.constexpr, ADD: gl.constexpr, STRIPE: gl.constexpr, STAGES: gl.constexpr,
+    target, rings, shape, GROUP: gl.constexpr, GROUPS: gl.constexpr, PIECES: gl.constexpr, ADD: gl.constexpr,
+    STRIPE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: rows [GROUP * 64, (GROUP + 1) * 64) of all tiles of this program, stored from their registers."""
+    """Four warps: rows [GROUP * PIECES * 64, (GROUP + 1) * PIECES * 64) of all tiles of this program, 64 at a time,
+    stored from their registers."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
-    BLOCK_M: gl.constexpr = GROUPS * ROWS
+    BLOCK_M: gl.constexpr = GROUPS * PIECES * ROWS
     out, m_stride, n_stride = target
     a_ring, b_ring, a_scales, b_scales, full, empty = rings
     M, N, K = shape
@@ -243,36 +250,46 @@ def _multiply_wgrad(
     stage, phase = gl.to_tensor(0), gl.to_tensor(0)
     for tile in range(gl.program_id(0), gl.cdiv(M, BLOCK_M) * gl.cdiv(N, COLUMNS), gl.num_programs(0)):
         m, n = _origin(tile, M, N, BLOCK_M, STRIPE)
-        m += GROUP * ROWS
-        acc = zeros
+        m += GROUP * PIECES * ROWS
+        accs: gl.tuple = ()
+        for _piece in gl.static_range(PIECES):
+            accs += (zeros,)
         for _ in range(gl.cdiv(K, DEPTH)):
-            mbarrier.wait(full.index(stage), phase)
-            strip = stage * GROUPS + GROUP
-            a_factors = a_scales.index(strip).load(gl.SliceLayout(1, LAYOUT)).expand_dims(1)
-            b_factors = b_scales.index(stage).load(gl.SliceLayout(0, LAYOUT)).expand_dims(0)
-            right = b_ring.index(stage).permute((1, 0))
-            product = warpgroup_mma(a_ring.index(strip), right, zeros, use_acc=False, is_async=True)
-            product = warpgroup_mma_wait(0, deps=(product,))
-            mbarrier.arrive(empty.index(stage), count=1)
-            product *= b_factors.broadcast_to(product.shape)
-            acc = gl.fma(product, a_factors.broadcast_to(product.shape), acc)  # the promotion to fp32
+            sums: gl.tuple = ()
+            for piece in gl.static_range(PIECES):
+                mbarrier.wait(full.index(stage), phase)
+                strip = (stage * GROUPS + GROUP) * PIECES + piece
+                right = b_ring.index(stage).permute((1, 0))
+                product = warpgroup_mma(a_ring.index(strip), right, zeros, use_acc=False, is_async=True)
+                a_factors = a_scales.index(strip).load(gl.SliceLayout(1, LAYOUT)).expand_dims(1)
+                b_factors = b_scales.index(stage).load(gl.SliceLayout(0, LAYOUT)).expand_dims(0)
+                product = warpgroup_mma_wait(0, deps=(product,))
+                if piece == PIECES - 1:
+                    mbarrier.arrive(empty.index(stage), count=1)
+                product *= b_factors.broadcast_to(product.shape)
+                sums += (_promote(product, a_factors, accs[piece], PIECES),)
+            accs = sums
             stage, phase = _next(stage, phase, STAGES)
-        place = out + (m + row).to(gl.int64) * m_stride + (n + column).to(gl.int64) * n_stride
-        mask = (row < M - m) & (column < N - n)
-        if ADD:
-            acc += gl.load(place, mask=mask)
-        gl.store(place, acc, mask=mask)
+        for piece in gl.static_range(PIECES):
+            acc = accs[piece]
+            down = m + piece * ROWS
+            place = out + (down + row).to(gl.int64) * m_stride + (n + column).to(gl.int64) * n_stride
+            mask = (row < M - down) & (column < N - n)
+            if ADD:
+                acc += gl.load(place, mask=mask)
+            gl.store(place, acc, mask=mask)
 
 
 @gluon.jit
 def _fp8_gemm_wgrad_hopper_kernel(
     a, a_scale, b, b_scale, out, M, N, K, a_stride, a_k_stride, b_stride, b_k_stride, m_stride, n_stride,
-    ADD: gl.constexpr, STRIPE: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, REGISTERS: gl.constexpr,
+    ADD: gl.constexpr, STRIPE: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, PIECES: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """out [M, N] = a [M, K] @ b [N, K].T, with ADD added to it. a and b are descriptors as the forward's."""
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
-    a_ring, b_ring, full, empty = _rings(a, b, GROUPS, STAGES, GROUPS, 33)
-    a_scales = gl.allocate_shared_memory(gl.float32, [STAGES * GROUPS, ROWS], FLAT)
+    a_ring, b_ring, full, empty = _rings(a, b, GROUPS * PIECES, STAGES, GROUPS, 33)
+    a_scales = gl.allocate_shared_memory(gl.float32, [STAGES * GROUPS * PIECES, ROWS], FLAT)
     b_scales = gl.allocate_shared_memory(gl.float32, [STAGES, COLUMNS], FLAT)
     rings = (a_ring, b_ring, a_scales, b_scales, full, empty)
     scales = (a_scale, a_stride, a_k_stride, b_scale, b_stride, b_k_stride)
@@ -281,10 +298,10 @@ def _fp8_gemm_wgrad_hopper_kernel(
     gl.static_assert(GROUPS == 2)  # three groups' threads have too few registers for b's scales
     gl.warp_specialize(
         [
-            (_multiply_wgrad, (target, rings, shape, 0, GROUPS, ADD, STRIPE, STAGES)),
-            (_multiply_wgrad, (target, rings, shape, 1, GROUPS, ADD, STRIPE, STAGES)),
-            (_fetch, (a, b, (a_ring, b_ring, full, empty), shape, GROUPS, STRIPE, STAGES)),
-            (_fetch_scales, (scales, (a_scales, b_scales, full, empty), shape, GROUPS, STRIPE, STAGES)),
+            (_multiply_wgrad, (target, rings, shape, 0, GROUPS, PIECES, ADD, STRIPE, STAGES)),
+            (_multiply_wgrad, (target, rings, shape, 1, GROUPS, PIECES, ADD, STRIPE, STAGES)),
+            (_fetch, (a, b, (a_ring, b_ring, full, empty), shape, GROUPS * PIECES, STRIPE, STAGES)),
+            (_fetch_scales, (scales, (a_scales, b_scales, full, empty), shape, GROUPS * PIECES, STRIPE, STAGES)),
         ],
         [4, 1, 1],
         [REGISTERS, FETCH_REGISTERS, FETCH_REGISTERS],
@@ -330,18 +347,19 @@ def gemm(
 
 def gemm_wgrad(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out: Tensor, add: bool, *,
-    GROUPS: int, STAGES: int, STRIPE: int,
+    GROUPS: int, PIECES: int, STAGES: int, STRIPE: int,
 ) -> None:  # fmt: skip
     """out [M, N] fp32 = a [M, K] @ b [N, K].T, or with `add` added to it; a_scale [M, ceil(K / 128)], b_scale
     [N, ceil(K / 128)]. Rows of a and b start at multiples of 16 bytes, their columns are contiguous; any strides of
-    out. GROUPS: 2; STAGES: fewer are taken where there is no room."""
+    out. GROUPS: 2; PIECES: 1 or 2; STAGES: fewer are taken where there is no room."""
     (M, K), N = a.shape, b.shape[0]
-    rows = 64 * GROUPS
+    rows = 64 * GROUPS * PIECES
     stages = SHARED // ((rows + 128) * (128 + 4))
     tiles = triton.cdiv(M, rows) * triton.cdiv(N, 128)
     _launch.launch(
         _fp8_gemm_wgrad_hopper_kernel, (min(tiles, _launch.multiprocessors(a)),),
         _descriptor(a, 64, 128), a_scale, _descriptor(b, 128, 128), b_scale, out,
         M, N, K, *a_scale.stride(), *b_scale.stride(), *out.stride(),
-        ADD=add, STRIPE=STRIPE, STAGES=min(STAGES, stages), GROUPS=GROUPS, REGISTERS=REGISTERS[GROUPS], num_warps=4,
+        ADD=add, STRIPE=STRIPE, STAGES=min(STAGES, stages), GROUPS=GROUPS, PIECES=PIECES,
+        REGISTERS=REGISTERS[GROUPS], num_warps=4,
     )  # fmt: skip

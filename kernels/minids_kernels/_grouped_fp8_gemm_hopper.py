@@ -5,8 +5,8 @@ Tiles of all segments are numbered without a gap: each expert's as `_fp8_gemm_ho
 before; rows of no expert come last, as a segment without anything to multiply. How many tiles there are is known on the
 device alone. So each warp walks through as many numbers as T rows may have tiles, finds a number's segment from the
 last one's on, and leaves numbers past the last tile out: all warps see the same tiles in the same order, which keeps
-them in step at the ring. Where a group's 64 rows of a tile lie behind the segment's end they are not fetched, and the
-group lets go of the buffers without multiplying, which leaves the tensor cores to the others.
+them in step at the ring. Strips of 64 rows behind the segment's end are not fetched: a group multiplies those of its
+PIECES that are there, and lets go of the buffers where none is, which leaves the tensor cores to the others.
 
 The weight gradient's operands have scales of each row and each column of a tile: these pass through the ring, too.
 """
@@ -36,6 +36,7 @@ from ._fp8_gemm_hopper import (
     _descriptor,
     _next,
     _origin,
+    _promote,
 )
 from ._launch import triton
 
@@ -44,8 +45,13 @@ __all__ = ["grouped", "wgrad"]
 
 @gluon.jit
 def _factors(a_scale, b_scale, rows, k, a_k_stride, b_k_stride):
-    """What to multiply the product of step `k` by, [64]: scales at the offsets `rows` times that of b's block."""
-    return gl.load(a_scale + k * a_k_stride + rows) * gl.load(b_scale + k * b_k_stride)
+    """What to multiply the products of step `k` by, [64] each: scales at the offsets `rows` of each piece times that of
+    b's block."""
+    block = gl.load(b_scale + k * b_k_stride)
+    found: gl.tuple = ()
+    for piece in gl.static_range(len(rows)):
+        found += (gl.load(a_scale + k * a_k_stride + rows[piece]) * block,)
+    return found
 
 
 @gluon.jit
@@ -75,7 +81,7 @@ def _fetch(a, b, rings, segments, K, BLOCK_M: gl.constexpr, STRIPE: gl.constexpr
     """The fetching warp: codes of all tiles of this program, in order, into the ring."""
     a_ring, b_ring, full, empty = rings
     _, _, E, N = segments
-    GROUPS: gl.constexpr = BLOCK_M // ROWS
+    STRIPS: gl.constexpr = BLOCK_M // ROWS
     stage, phase = gl.to_tensor(0), gl.to_tensor(0)
     expert, start, end, first = gl.to_tensor(-1), gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
     for tile in range(gl.program_id(0), _most(segments, BLOCK_M), gl.num_programs(0)):
@@ -83,16 +89,16 @@ def _fetch(a, b, rings, segments, K, BLOCK_M: gl.constexpr, STRIPE: gl.constexpr
         if real & (expert < E):
             m, n = _origin(tile - first, end - start, N, BLOCK_M, STRIPE)
             m += start
-            groups = gl.minimum(gl.cdiv(end - m, ROWS), GROUPS)  # with rows in this segment
+            strips = gl.minimum(gl.cdiv(end - m, ROWS), STRIPS)  # with rows in this segment
             for k in range(0, K, DEPTH):
                 mbarrier.wait(empty.index(stage), phase ^ 1)
-                for count in gl.static_range(1, GROUPS + 1):
-                    mbarrier.expect(full.index(stage), (count * ROWS + COLUMNS) * DEPTH, pred=groups == count)
+                for count in gl.static_range(1, STRIPS + 1):
+                    mbarrier.expect(full.index(stage), (count * ROWS + COLUMNS) * DEPTH, pred=strips == count)
                 tma.async_copy_global_to_shared(b, [expert * N + n, k], full.index(stage), b_ring.index(stage))
-                for group in gl.static_range(GROUPS):
-                    part = a_ring.index(stage * GROUPS + group)
-                    row = m + group * ROWS
-                    tma.async_copy_global_to_shared(a, [row, k], full.index(stage), part, pred=group < groups)
+                for strip in gl.static_range(STRIPS):
+                    part = a_ring.index(stage * STRIPS + strip)
+                    row = m + strip * ROWS
+                    tma.async_copy_global_to_shared(a, [row, k], full.index(stage), part, pred=strip < strips)
                 stage, phase = _next(stage, phase, STAGES)
 
 
@@ -107,51 +113,82 @@ def _store_some(out_ptr, out_buffer, m, n, end, N):
 
 
 @gluon.jit
-def _multiply(
-    outs, out_buffer, rings, scales, segments, K,
-    GROUP: gl.constexpr, BLOCK_M: gl.constexpr, STRIPE: gl.constexpr, STAGES: gl.constexpr,
+def _multiply_strips(
+    outs, out_buffer, rings, scales, place, steps, N, stage, phase,
+    FIRST: gl.constexpr, PIECES: gl.constexpr, STRIPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: rows [GROUP * 64, GROUP * 64 + 64) of all tiles of this program."""
+    """PIECES times 64 rows of a tile, from strip FIRST of its STRIPS on; place: their first row, the tile's first
+    column, and where the segment ends. -> the ring's next buffer and phase."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
     a_ring, b_ring, full, empty = rings
-    a_scale, a_stride, a_k_stride, b_scale, b_expert, b_stride, b_k_stride = scales
+    a_scale, a_stride, a_k_stride, b_scale, b_k_stride = scales
     out, out_ptr = outs
-    _, _, E, N = segments
+    m, n, end = place
     row = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
     zeros = gl.zeros([ROWS, COLUMNS], gl.float32, LAYOUT)
+    rows: gl.tuple = ()
+    accs: gl.tuple = ()
+    for piece in gl.static_range(PIECES):
+        rows += (gl.minimum(row + piece * ROWS, end - 1 - m) * a_stride,)
+        accs += (zeros,)
+    factors = _factors(a_scale, b_scale, rows, 0, a_k_stride, b_k_stride)
+    for k in range(steps):
+        sums: gl.tuple = ()
+        for piece in gl.static_range(PIECES):
+            mbarrier.wait(full.index(stage), phase)  # granted to the second piece: see `_fp8_gemm_hopper`
+            left = a_ring.index(stage * STRIPS + FIRST + piece)
+            product = warpgroup_mma(left, b_ring.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+            if piece == 0:
+                following = _factors(a_scale, b_scale, rows, gl.minimum(k + 1, steps - 1), a_k_stride, b_k_stride)
+            product = warpgroup_mma_wait(0, deps=(product,))
+            if piece == PIECES - 1:
+                mbarrier.arrive(empty.index(stage), count=1)  # by one thread, after a barrier of the four warps
+            sums += (_promote(product, factors[piece].expand_dims(1), accs[piece], PIECES),)
+        accs = sums
+        factors = following
+        stage, phase = _next(stage, phase, STAGES)
+    for piece in gl.static_range(PIECES):
+        top = m + piece * ROWS
+        tma.store_wait(0)
+        out_buffer.store(accs[piece].to(out.dtype))
+        if top + ROWS <= end:
+            fence_async_shared()
+            tma.async_copy_shared_to_global(out, [top, n], out_buffer)
+        else:  # the next rows are another's
+            _store_some(out_ptr, out_buffer, top, n, end, N)
+    return stage, phase
+
+
+@gluon.jit
+def _multiply(
+    outs, out_buffer, rings, scales, segments, K,
+    GROUP: gl.constexpr, PIECES: gl.constexpr, BLOCK_M: gl.constexpr, STRIPE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Four warps: rows [GROUP * PIECES * 64, (GROUP + 1) * PIECES * 64) of all tiles of this program."""
+    FIRST: gl.constexpr = GROUP * PIECES
+    STRIPS: gl.constexpr = BLOCK_M // ROWS
+    a_scale, a_stride, a_k_stride, b_scale, b_expert, b_stride, b_k_stride = scales
+    _, _, full, empty = rings
+    _, _, E, N = segments
     stage, phase = gl.to_tensor(0), gl.to_tensor(0)
     expert, start, end, first = gl.to_tensor(-1), gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
     for tile in range(gl.program_id(0), _most(segments, BLOCK_M), gl.num_programs(0)):
         expert, start, end, first, real = _segment(tile, expert, start, end, first, segments, BLOCK_M)
         if real:
             m, n = _origin(tile - first, end - start, N, BLOCK_M, STRIPE)
-            m += start + GROUP * ROWS
+            m += start + FIRST * ROWS
             steps = gl.where(expert < E, gl.cdiv(K, DEPTH), 0)
-            if m < end:
-                strip = a_scale + m.to(gl.int64) * a_stride
-                block = b_scale + gl.minimum(expert, E - 1).to(gl.int64) * b_expert + n // COLUMNS * b_stride
-                rows = gl.minimum(row, end - 1 - m) * a_stride
-                factors = _factors(strip, block, rows, 0, a_k_stride, b_k_stride)
-                acc = zeros
-                for k in range(steps):
-                    mbarrier.wait(full.index(stage), phase)
-                    left = a_ring.index(stage * (BLOCK_M // ROWS) + GROUP)
-                    right = b_ring.index(stage).permute((1, 0))
-                    product = warpgroup_mma(left, right, zeros, use_acc=False, is_async=True)
-                    following = _factors(strip, block, rows, gl.minimum(k + 1, steps - 1), a_k_stride, b_k_stride)
-                    product = warpgroup_mma_wait(0, deps=(product,))
-                    mbarrier.arrive(empty.index(stage), count=1)  # by one thread, after a barrier of the four warps
-                    acc = gl.fma(product, factors.expand_dims(1).broadcast_to(product.shape), acc)
-                    factors = following
-                    stage, phase = _next(stage, phase, STAGES)
-                tma.store_wait(0)
-                out_buffer.store(acc.to(out.dtype))
-                if m + ROWS <= end:
-                    fence_async_shared()
-                    tma.async_copy_shared_to_global(out, [m, n], out_buffer)
-                else:  # the next rows are another's
-                    _store_some(out_ptr, out_buffer, m, n, end, N)
-            else:
+            strip = a_scale + m.to(gl.int64) * a_stride
+            block = b_scale + gl.minimum(expert, E - 1).to(gl.int64) * b_expert + n // COLUMNS * b_stride
+            own = (strip, a_stride, a_k_stride, block, b_k_stride)
+            here = gl.minimum(gl.cdiv(end - m, ROWS), PIECES)  # pieces with rows in this segment
+            for pieces in gl.static_range(1, PIECES + 1):
+                if here == pieces:
+                    stage, phase = _multiply_strips(
+                        outs, out_buffer, rings, own, (m, n, end), steps, N, stage, phase,
+                        FIRST, pieces, STRIPS, STAGES,
+                    )  # fmt: skip
+            if here <= 0:
                 for _ in range(steps):
                     mbarrier.wait(full.index(stage), phase)
                     mbarrier.arrive(empty.index(stage), count=1)
@@ -162,12 +199,12 @@ def _multiply(
 @gluon.jit
 def _grouped_fp8_gemm_hopper_kernel(
     a, a_scale, b, b_scale, offsets, out, out_ptr, T, E, N, K, a_stride, a_k_stride, b_expert, b_stride, b_k_stride,
-    STRIPE: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, REGISTERS: gl.constexpr,
+    STRIPE: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, PIECES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """out [T, N] = a [T, K] @ b [E * N, K].T of each row's expert, descriptors of [64, 128], [64, 128] and [128, 128]
     numbers; out_ptr: out, contiguous. REGISTERS: of a multiplying thread."""
-    BLOCK_M: gl.constexpr = ROWS * GROUPS
-    a_ring = gl.allocate_shared_memory(a.dtype, [STAGES * GROUPS, ROWS, DEPTH], a.layout)
+    BLOCK_M: gl.constexpr = ROWS * GROUPS * PIECES
+    a_ring = gl.allocate_shared_memory(a.dtype, [STAGES * GROUPS * PIECES, ROWS, DEPTH], a.layout)
     b_ring = gl.allocate_shared_memory(b.dtype, [STAGES, COLUMNS, DEPTH], b.layout)
     buffers = gl.allocate_shared_memory(out.dtype, [GROUPS, ROWS, COLUMNS], out.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -183,8 +220,8 @@ def _grouped_fp8_gemm_hopper_kernel(
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (_multiply, (outs, buffers.index(0), rings, scales, segments, K, 0, BLOCK_M, STRIPE, STAGES)),
-                (_multiply, (outs, buffers.index(1), rings, scales, segments, K, 1, BLOCK_M, STRIPE, STAGES)),
+                (_multiply, (outs, buffers.index(0), rings, scales, segments, K, 0, PIECES, BLOCK_M, STRIPE, STAGES)),
+                (_multiply, (outs, buffers.index(1), rings, scales, segments, K, 1, PIECES, BLOCK_M, STRIPE, STAGES)),
                 (_fetch, (a, b, rings, segments, K, BLOCK_M, STRIPE, STAGES)),
             ],
             [4, 1],
@@ -193,9 +230,9 @@ def _grouped_fp8_gemm_hopper_kernel(
     else:
         gl.warp_specialize(
             [
-                (_multiply, (outs, buffers.index(0), rings, scales, segments, K, 0, BLOCK_M, STRIPE, STAGES)),
-                (_multiply, (outs, buffers.index(1), rings, scales, segments, K, 1, BLOCK_M, STRIPE, STAGES)),
-                (_multiply, (outs, buffers.index(2), rings, scales, segments, K, 2, BLOCK_M, STRIPE, STAGES)),
+                (_multiply, (outs, buffers.index(0), rings, scales, segments, K, 0, PIECES, BLOCK_M, STRIPE, STAGES)),
+                (_multiply, (outs, buffers.index(1), rings, scales, segments, K, 1, PIECES, BLOCK_M, STRIPE, STAGES)),
+                (_multiply, (outs, buffers.index(2), rings, scales, segments, K, 2, PIECES, BLOCK_M, STRIPE, STAGES)),
                 (_fetch, (a, b, rings, segments, K, BLOCK_M, STRIPE, STAGES)),
             ],
             [4, 4, 1],
@@ -340,21 +377,22 @@ def _grouped_fp8_gemm_wgrad_hopper_kernel(
 
 
 def grouped(
-    x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, offsets: Tensor, out: Tensor,
-    GROUPS: int, STAGES: int, STRIPE: int,
+    x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, offsets: Tensor, out: Tensor, *,
+    GROUPS: int, PIECES: int, STAGES: int, STRIPE: int,
 ) -> None:  # fmt: skip
     """out [T, N] contiguous = x [T, K] @ w [E * N, K].T, E >= 1, rows offsets[e] to offsets[e + 1] (int32 [E + 1]) by
     expert e, zeros behind; x_scale [T, ceil(K / 128)], w_scale [E, ceil(N / 128), ceil(K / 128)]. Rows of x, w and out
-    start at multiples of 16 bytes, their columns are contiguous. STAGES: fewer are taken where out's buffers leave no
-    room."""
-    (T, K), N, E = x.shape, out.shape[1], w_scale.shape[0]
-    stages = (SHARED - 64 * GROUPS * 128 * out.element_size()) // ((64 * GROUPS + 128) * 128)
-    most = (T // (64 * GROUPS) + E + 1) * triton.cdiv(N, 128)
+    start at multiples of 16 bytes, their columns are contiguous. GROUPS: 2 or 3; PIECES: 1, with 2 groups also 2;
+    STAGES: fewer are taken where out's buffers leave no room."""
+    (T, K), N, E, rows = x.shape, out.shape[1], w_scale.shape[0], 64 * GROUPS * PIECES
+    stages = (SHARED - GROUPS * 64 * 128 * out.element_size()) // ((rows + 128) * 128)
+    most = (T // rows + E + 1) * triton.cdiv(N, 128)
     _launch.launch(
         _grouped_fp8_gemm_hopper_kernel, (min(most, _launch.multiprocessors(x)),),
         _descriptor(x, 64, 128), x_scale, _descriptor(w, 128, 128), w_scale, offsets, _descriptor(out, 64, 128), out,
         T, E, N, K, *x_scale.stride(), *w_scale.stride(),
-        STRIPE=STRIPE, STAGES=min(STAGES, stages), GROUPS=GROUPS, REGISTERS=REGISTERS[GROUPS], num_warps=4,
+        STRIPE=STRIPE, STAGES=min(STAGES, stages), GROUPS=GROUPS, PIECES=PIECES, REGISTERS=REGISTERS[GROUPS],
+        num_warps=4,
     )  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
         if torch.cuda.is_available() and not serves(arch, "GROUPS" in config):
             pytest.skip(f"the machine's GPU is not the {arch} of this launch")
         monkeypatch.setattr(_launch, "arch", lambda x: arch)
-        wgrad = {k: v for k, v in config.items() if k != "PIECES"} | ({"GROUPS": 2} if "GROUPS" in config else {})
+        wgrad = config | ({"GROUPS": 2} if "GROUPS" in config else {})
         monkeypatch.setattr(_launch, "config", lambda room, table, *_, **shape: wgrad if "wgrad" in table else config)
     with interpreted(0) if name.startswith("by hand") and not torch.cuda.is_available() else contextlib.nullcontext():
         yield name
@@ -284,7 +284,6 @@ def test_by_hand_in_any_order(groups: int, pieces: int, monkeypatch: pytest.Monk
     for seed in range(5):
         with interpreted(seed), poisoned_memory():
             assert torch.equal(fp8_gemm(*forward, torch.float32), want)
-    del by_hand["PIECES"]
     for seed in range(5 if groups == 2 else 0):
         with interpreted(seed), poisoned_memory():
             assert torch.equal(fp8_gemm_wgrad(*gradient), wanted)
@@ -313,9 +312,10 @@ def test_by_hand_sums_as_the_interpreted_kernel_does(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("pieces", [1, 2])
 @pytest.mark.parametrize("shape", [(1, 16, 16), (128, 128, 128), (300, 521, 1000), (2000, 3000, 7168)])
 def test_weight_gradient_by_hand_sums_as_the_interpreted_kernel_does(
-    shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int, int], pieces: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Written and added."""
     if torch.cuda.get_device_capability() != (9, 0):
@@ -323,7 +323,7 @@ def test_weight_gradient_by_hand_sums_as_the_interpreted_kernel_does(
     m, n, k = shape
     operands = [x for rows in (m, n) for x in quantize_tiles(torch.randn(rows, k, device="cuda"))]
     old, results = torch.randn(m, n, device="cuda"), []
-    for config in (PLAIN, *[dict(GROUPS=2, STAGES=6, STRIPE=8)] * 3):
+    for config in (PLAIN, *[dict(GROUPS=2, PIECES=pieces, STAGES=6, STRIPE=8)] * 3):
         monkeypatch.setattr(_launch, "config", lambda *_, config=config, **__: config)
         with poisoned_memory():
             results.append((fp8_gemm_wgrad(*operands), fp8_gemm_wgrad(*operands, out=old.clone())))

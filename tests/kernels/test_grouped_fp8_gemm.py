@@ -57,7 +57,8 @@ WAYS = {
     "e4m3": ("sm_89", dict(TILE, BLOCK_K=128)),
     "descriptors": ("sm_90", dict(TILE, TMA=True, BLOCK_K=128)),
 }
-WAYS |= {f"by hand, {n} groups": ("sm_90", dict(GROUPS=n, STAGES=4)) for n in (2, 3)}
+BY_HAND = [(2, 1), (2, 2), (3, 1)]  # groups of warps, pieces of 64 rows
+WAYS |= {f"by hand, {g} groups, {p}": ("sm_90", dict(GROUPS=g, PIECES=p, STAGES=4)) for g, p in BY_HAND}
 
 
 @pytest.fixture(params=["torch", *WAYS])
@@ -451,14 +452,14 @@ def test_bad_input_of_the_others() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU orders its warps itself")
-@pytest.mark.parametrize("groups", [2, 3])
-def test_by_hand_in_any_order(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("groups", "pieces"), BY_HAND)
+def test_by_hand_in_any_order(groups: int, pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever warps go ahead, however late a copy or product is: the numbers of Triton's kernels."""
     monkeypatch.setattr(_launch, "BACKEND", "triton")
     counts, cpu = [70, 0, 1, 200, 0, 64], torch.device("cpu")
     forward, gradient = operands(counts, 70, 272, 400, cpu), segments(counts, 70, 136, 144, cpu)
     old = torch.randn(len(counts), 136, 144)
-    by_hand = dict(GROUPS=groups, STAGES=2, STRIPE=2)
+    by_hand = dict(GROUPS=groups, PIECES=pieces, STAGES=2, STRIPE=2)
 
     def results() -> tuple[Tensor, ...]:
         with poisoned_memory():
@@ -477,13 +478,13 @@ def test_by_hand_in_any_order(groups: int, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("groups", [2, 3])
+@pytest.mark.parametrize(("groups", "pieces"), BY_HAND)
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     "counts", [[512] * 8, [3000, 0, 1, 500, 64, 0, 131, 1000], [0, 4096, 0], [192, 128, 64, 65, 63]], ids=str
 )
 def test_by_hand_sums_as_the_interpreted_kernel_does(
-    counts: list[int], out_dtype: torch.dtype, groups: int, monkeypatch: pytest.MonkeyPatch
+    counts: list[int], out_dtype: torch.dtype, groups: int, pieces: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forward and weight gradient: every number is the same as the proven kernel's, in every run, and rows of nobody
     are zero."""
@@ -493,7 +494,7 @@ def test_by_hand_sums_as_the_interpreted_kernel_does(
     forward, gradient = operands(counts, 70, 1096, 1000, device), segments(counts, 70, 520, 384, device)
     old = torch.randn(len(counts), 520, 384, device=device)
     results = []
-    for config in (PLAIN, *[dict(GROUPS=groups, STAGES=4, STRIPE=8)] * 3):
+    for config in (PLAIN, *[dict(GROUPS=groups, PIECES=pieces, STAGES=4, STRIPE=8)] * 3):
         monkeypatch.setattr(_launch, "config", lambda *_, config=config, **__: config)
         with poisoned_memory():
             out, total = grouped_fp8_gemm(*forward, out_dtype), old.clone()
