@@ -45,6 +45,7 @@ SUM_ROWS, SUM_ELEMENTS = 2048, 1 << 27  # of a chunk of logits whose losses are 
 PIECE_ELEMENTS = 1 << 20  # logits whose softmax or gradient the PyTorch path makes at once: what CPU caches hold
 CHUNK_ELEMENTS = 1 << 22  # logits that the PyTorch path's forward makes at once
 KEPT_ELEMENTS = 1 << 24  # gradients by logits that the PyTorch path keeps for the backward
+SUMS = {"sum": (True, True), "sum, dx": (True, False), "sum, dweight": (False, True)}  # kept: dx, dweight
 LOWEST, REDUCTIONS = torch.finfo(torch.float32).min, ("none", "mean", "sum")
 
 
@@ -194,6 +195,8 @@ def _multiply(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
         torch.addmm(out, a, b, beta=int(add), out=out)
     elif out.dtype == torch.float32 and a.dtype.itemsize == 2 and a.is_cuda and not torch.version.hip:
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=int(add), out=out)
+    elif a.dtype == torch.float16:  # whose range the product may leave
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=int(add), out=out)
     elif add:
         out += torch.mm(a, b)
     else:
@@ -221,8 +224,8 @@ def _triton_fwd(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     rows, vocab = x.shape[0], weight.shape[0]
     targets = targets.contiguous()
-    if keep == "sum":
-        return _triton_sums(x.to(dtype), weight, targets, ignore_index, label_smoothing, z_loss)
+    if keep in SUMS:
+        return _triton_sums(x.to(dtype), weight, targets, ignore_index, label_smoothing, z_loss, *SUMS[keep])
     loss, lse = (x.new_zeros(rows, dtype=torch.float32) for _ in range(2))
     state = x.new_zeros(rows, 4, dtype=torch.float32)
     state[:, 0] = LOWEST
@@ -251,18 +254,28 @@ def _sum_chunks(tokens: int, vocab: int) -> list[slice]:
 
 
 def _sum_dtype(weight: Tensor, chunks: Sequence[slice]) -> torch.dtype:
-    """Of dweight on its way: fp32 where it is summed over chunks."""
-    return weight.dtype if len(chunks) < 2 else torch.float32
+    """Of dweight on its way: fp32 where it is summed over chunks, and for fp16, whose range a sum over tokens that is
+    scaled to a mean afterwards may leave."""
+    return torch.float32 if len(chunks) > 1 or weight.dtype == torch.float16 else weight.dtype
+
+
+def _empty_sums(
+    x: Tensor, weight: Tensor, dx_dtype: torch.dtype, dweight_dtype: torch.dtype, for_x: bool, for_weight: bool
+) -> list[Tensor]:
+    """dx and dweight, unwritten; [0, 0] where nobody wants them."""
+    wanted = ((x, dx_dtype, for_x), (weight, dweight_dtype, for_weight))
+    return [t.new_empty(t.shape if wants else (0, 0), dtype=dtype) for t, dtype, wants in wanted]
 
 
 def _triton_sums(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, z_loss: float
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, z_loss: float, for_x: bool,
+    for_weight: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """Products in x's dtype -> loss, lse, and the gradients of the losses' sum: dx in x's dtype, dweight."""
     (tokens, _), vocab = x.shape, weight.shape[0]
     chunks, factor = _sum_chunks(tokens, vocab), weight.to(x.dtype)
     loss, lse = (x.new_empty(tokens, dtype=torch.float32) for _ in range(2))
-    dx, dweight = torch.empty_like(x), weight.new_empty(weight.shape, dtype=_sum_dtype(weight, chunks))
+    dx, dweight = _empty_sums(x, weight, x.dtype, _sum_dtype(weight, chunks), for_x, for_weight)
     if not chunks:
         dweight.zero_()
     # rows at multiples of 16 numbers, for the kernel and for the matrix library
@@ -271,8 +284,10 @@ def _triton_sums(
         logits = buffer[: chunk.stop - chunk.start]
         torch.mm(x[chunk], factor.T, out=logits)
         _triton_losses(logits, targets[chunk], loss[chunk], lse[chunk], ignore_index, label_smoothing, z_loss)
-        torch.mm(logits, factor, out=dx[chunk])
-        _multiply(dweight, logits.T, x[chunk], add=i > 0)
+        if for_x:
+            torch.mm(logits, factor, out=dx[chunk])
+        if for_weight:
+            _multiply(dweight, logits.T, x[chunk], add=i > 0)
     return loss, lse, [dx, dweight]
 
 
@@ -348,8 +363,11 @@ def _torch_fwd(
     chunks, kept = _chunks_that_count(rows, tokens, vocab), []
     if keep == "logits":
         kept = [x.new_empty(p.stop - p.start, vocab) for p in _pieces(tokens, vocab, CHUNK_ELEMENTS)]
-    elif keep == "sum":
-        kept = [x.new_empty(x.shape), torch.empty_like(weight) if chunks else torch.zeros_like(weight)]
+    for_x, for_weight = SUMS.get(keep, (False, False))
+    if keep in SUMS:
+        kept = _empty_sums(x, weight, dtype, dtype, for_x, for_weight)
+        if not chunks:
+            kept[1].zero_()
     warm = x.new_empty(0 if keep == "logits" or not chunks else chunks[0].stop, vocab)
     for i, chunk in enumerate(chunks):
         logits = (kept[i] if keep == "logits" else warm)[: chunk.stop - chunk.start]
@@ -359,15 +377,16 @@ def _torch_fwd(
             _torch_softmax(
                 logits[piece], target, losses, lses, label_smoothing, z_loss, bool(keep), rows_of_x, weight
             )  # fmt: skip
-        if keep == "sum":
+        if for_x:
             torch.mm(logits, weight, out=kept[0][chunk])
+        if for_weight:
             _multiply(kept[1], logits.T, x[chunk], add=i > 0)
     if keep == "logits":
         for chunk, logits in zip(_pieces(tokens, vocab, CHUNK_ELEMENTS), kept, strict=True):
             logits[max(0, rows - chunk.start) :] = 0
     if rows == tokens:
         return loss.view(rows), lse.view(rows), kept
-    if keep == "sum":
+    if for_x:
         kept[0] = x.new_zeros(tokens, x.shape[1]).index_copy_(0, index, kept[0])
     zeros = loss.new_zeros(tokens)
     return zeros.index_copy(0, index, loss.view(rows)), zeros.index_copy(0, index, lse.view(rows)), kept
@@ -461,10 +480,10 @@ def _linear_cross_entropy(
     dtype: torch.dtype, keep: str,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """x [T, D], weight [V, D], targets [T] -> loss, lse [T], and what is kept for the backward, in the compute dtype
-    `dtype`: nothing with `keep` ""; with "sum" dx and dweight of the losses' sum (the Triton path's dweight in
-    `_sum_dtype`'s), then the backward's dloss must be one number for all tokens; with "logits", which is the PyTorch
-    path's, the gradients by the logits of tokens that count, in chunks of rows that allocators can use again, rows
-    past those tokens zero."""
+    `dtype`: nothing with `keep` ""; with one of SUMS dx and dweight of the losses' sum, or one of them and [0, 0] (the
+    Triton path's dweight in `_sum_dtype`'s), then the backward's dloss must be one number for all tokens; with
+    "logits", which is the PyTorch path's, the gradients by the logits of tokens that count, in chunks of rows that
+    allocators can use again, rows past those tokens zero."""
     forward = _triton_fwd if _launch.use_triton(x) else _torch_fwd
     return forward(x, weight, targets, ignore_index, label_smoothing, z_loss, dtype, keep)
 
@@ -474,8 +493,8 @@ def _linear_cross_entropy_backward(
     dloss: Tensor, x: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, kept: list[Tensor], ignore_index: int,
     label_smoothing: float, z_loss: float, dtype: torch.dtype, keep: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dloss [T] and the forward's inputs and outputs -> dx [T, D], dweight [V, D]."""
-    if keep == "sum":
+    """dloss [T] and the forward's inputs and outputs -> dx [T, D], dweight [V, D]; of a sum those that it kept."""
+    if keep in SUMS:
         factor = dloss[:1].sum()  # all the same, or there are none
         return (kept[0] * factor).to(x.dtype), (kept[1] * factor).to(weight.dtype)
     if not _launch.use_triton(x):
@@ -491,9 +510,9 @@ def _(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     tokens, vocab = x.shape[0], weight.shape[0]
     loss, lse = (x.new_empty(tokens, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(2))
-    if keep == "sum":
+    if keep in SUMS:
         summed = _sum_dtype(weight, _sum_chunks(tokens, vocab)) if _launch.use_triton(x) else dtype
-        return loss, lse, [x.new_empty(x.shape, dtype=dtype), weight.new_empty(weight.shape, dtype=summed)]
+        return loss, lse, _empty_sums(x, weight, dtype, summed, *SUMS[keep])
     chunks = _pieces(tokens, vocab, CHUNK_ELEMENTS) if keep else []
     return loss, lse, [x.new_empty(chunk.stop - chunk.start, vocab, dtype=dtype) for chunk in chunks]
 
@@ -503,6 +522,8 @@ def _(
     dloss: Tensor, x: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, kept: list[Tensor], ignore_index: int,
     label_smoothing: float, z_loss: float, dtype: torch.dtype, keep: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if keep in SUMS:
+        return kept[0].new_empty(kept[0].shape, dtype=x.dtype), kept[1].new_empty(kept[1].shape, dtype=weight.dtype)
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
@@ -519,7 +540,9 @@ def _backward(ctx, dloss, dlse, dkept):
     if dloss is None:  # nothing came back
         return (None,) * 8
     x, weight, targets, lse, *kept = ctx.saved_tensors
-    return *_linear_cross_entropy_backward(dloss, x, weight, targets, lse, kept, *ctx.settings), *[None] * 6
+    both = _linear_cross_entropy_backward(dloss, x, weight, targets, lse, kept, *ctx.settings)
+    wanted = (d if wants else None for d, wants in zip(both, ctx.needs_input_grad, strict=False))
+    return *wanted, *[None] * 6
 
 
 _linear_cross_entropy.register_autograd(_backward, setup_context=_setup)
@@ -536,8 +559,9 @@ def linear_cross_entropy(
 
     x [T, D] and weight [V, D] float, targets [T] int64 in [0, V) or `ignore_index` -> [T] fp32, 0 where ignored; with
     `reduction` "sum" their sum, with "mean" that over the number of tokens that are not ignored. A sum or mean is
-    faster than one made of the losses afterwards: both gradients are made in the forward, and kept. Label smoothing is
-    torch.nn.functional.cross_entropy's; `z_loss` weighs the square of the logits' logsumexp.
+    faster than one made of the losses afterwards: gradients are made in the forward, and kept. A mean of none is NaN,
+    with gradients of zeros. Label smoothing is torch.nn.functional.cross_entropy's; `z_loss` weighs the square of the
+    logits' logsumexp.
     Differentiable in x and weight. Raises TypeError, ValueError on other shapes, dtypes or settings; a target outside
     the vocabulary raises RuntimeError on the PyTorch path and gives NaN on the Triton path.
     """
@@ -560,10 +584,13 @@ def linear_cross_entropy(
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         # by PyTorch where weights are no more than logits; its fp16 sums over tokens might overflow unscaled
         if reduction != "none" and (by_triton or (x.shape[0] >= x.shape[1] and dtype != torch.float16)):
-            keep = "sum"
+            keep = next(name for name, wanted in SUMS.items() if wanted == (x.requires_grad, weight.requires_grad))
         elif not by_triton and x.shape[0] * weight.shape[0] <= KEPT_ELEMENTS:
             keep = "logits"
     loss, _, _ = _linear_cross_entropy(x, weight, targets, ignore_index, label_smoothing, z_loss, dtype, keep)
     if reduction == "none":
         return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / (targets != ignore_index).sum()
+    if reduction == "sum":
+        return loss.sum()
+    count = (targets != ignore_index).sum()
+    return torch.where(count > 0, loss.sum() / count.clamp(min=1), torch.nan)

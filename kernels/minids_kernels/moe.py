@@ -385,7 +385,7 @@ def _(
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, _, topk_weight, w_gate_up, w_down, base, ctx.fp8, _ = inputs
+    x, _, topk_weight, w_gate_up, w_down, base, ctx.fp8, ctx.keep = inputs
     ctx.has_base = base is not None
     _, *others, kept = output
     ctx.mark_non_differentiable(*others, *kept)
@@ -396,9 +396,11 @@ def _setup(ctx, inputs, output) -> None:
 def _backward(ctx, dout, *_):
     if dout is None:  # nothing came back
         return (None,) * 8
-    saved = ctx.saved_tensors
+    saved, dbase = ctx.saved_tensors, dout if ctx.has_base else None
+    if not ctx.keep:  # base alone wants a gradient
+        return None, None, None, None, None, dbase, None, None
     dx, dweight, dw_gate_up, dw_down = _moe_experts_backward(dout, *saved[:9], list(saved[9:]), ctx.fp8)
-    return dx, None, dweight, dw_gate_up, dw_down, dout if ctx.has_base else None, None, None
+    return dx, None, dweight, dw_gate_up, dw_down, dbase, None, None
 
 
 _moe_experts.register_autograd(_backward, setup_context=_setup)

@@ -113,15 +113,51 @@ def test_sum_and_mean(
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_sum_and_mean_of_nothing(reduction: str, backend: str, device: torch.device) -> None:
-    """As torch's: 0 and NaN; gradients of a sum of no losses are zeros."""
+    """As torch's: 0 and NaN, and gradients of zeros."""
     for targets in (torch.full((5,), -100), torch.zeros(0, dtype=torch.long)):
         x, weight = (torch.randn(n, 4, device=device, requires_grad=True) for n in (len(targets), 7))
         loss = linear_cross_entropy(x, weight, targets.to(device), reduction=reduction)
         loss.backward()
         assert loss.item() == 0 if reduction == "sum" else loss.isnan()
-        if reduction == "sum":
-            assert x.grad is not None and weight.grad is not None
-            assert x.grad.count_nonzero() == weight.grad.count_nonzero() == 0
+        assert x.grad is not None and weight.grad is not None
+        assert x.grad.count_nonzero() == weight.grad.count_nonzero() == 0
+
+
+def test_a_mean_in_fp16_overflows_nowhere(backend: str, device: torch.device) -> None:
+    """The gradient's sum over tokens, 4,000 times 17.5, is out of fp16's range; their mean is not."""
+    x = torch.full((4000, 4), 20.0, dtype=torch.float16, device=device)
+    weight = torch.zeros(8, 4, dtype=torch.float16, device=device, requires_grad=True)
+    linear_cross_entropy(x, weight, x.new_zeros(4000).long(), reduction="mean").backward()
+    assert weight.grad is not None
+    expected = torch.full((8, 4), 20 / 8, device=device)
+    expected[0] -= 20
+    torch.testing.assert_close(weight.grad.float(), expected, rtol=2**-10, atol=0)
+
+
+@pytest.mark.parametrize("frozen", ["x", "weight"])
+def test_nothing_is_made_for_what_is_frozen(
+    frozen: str, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others' gradients are the same, and the frozen one's is neither made nor kept."""
+    (x, weight), targets = inputs(40, 12, 30, 0.3)
+    pair = {"x": x.to(device), "weight": weight.to(device)}
+    grads, kept = [], []
+
+    def keeping(*inputs: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+        out = forward(*inputs)
+        kept.append(sum(t.numel() for t in out[2]))
+        return out
+
+    name = "_triton_fwd" if backend == "triton" else "_torch_fwd"
+    forward = getattr(room, name)
+    monkeypatch.setattr(room, name, keeping)
+    for alone in (False, True):
+        leaves = {k: t.clone().requires_grad_(not (alone and k == frozen)) for k, t in pair.items()}
+        linear_cross_entropy(leaves["x"], leaves["weight"], targets.to(device), reduction="sum").backward()
+        assert (leaves[frozen].grad is None) == alone
+        grads.append(leaves["weight" if frozen == "x" else "x"].grad)
+    assert torch.equal(*grads)
+    assert kept[0] - kept[1] == pair[frozen].numel()
 
 
 def test_gradients_of_a_sum_survive_a_second_pass(device: torch.device) -> None:
@@ -314,20 +350,22 @@ def test_the_triton_path_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("keep", ["", "logits", "sum"])
+@pytest.mark.parametrize("keep", ["", "logits", *room.SUMS])
 def test_registration(dtype: torch.dtype, keep: str, backend: str, device: torch.device) -> None:
     if backend == "triton" and keep == "logits":
         pytest.skip("the PyTorch path's alone")
     (x, weight), targets = inputs(6, 5, 9, 0.4)
-    x, weight = (t.to(device, dtype).requires_grad_() for t in (x, weight))
+    wanted = room.SUMS.get(keep, (True, True))
+    x, weight = (t.to(device, dtype).requires_grad_(wants) for t, wants in zip((x, weight), wanted, strict=True))
     arguments = (x, weight, targets.to(device))
     options = (-100, 0.1, 0.01)
     opcheck(ops.linear_cross_entropy.default, (*arguments, *options, dtype, keep))
     with torch.no_grad():
         loss, lse, kept = ops.linear_cross_entropy(*arguments, *options, dtype, keep)
     assert loss.dtype == lse.dtype == torch.float32
-    shapes = {"": [], "logits": [(6, 9)], "sum": [(6, 5), (9, 5)]}[keep]
-    assert [(t.shape, t.dtype) for t in kept] == [(shape, dtype) for shape in shapes]
+    none, dx, dweight = (0, 0), (6, 5), (9, 5)
+    shapes = {"": [], "logits": [(6, 9)], "sum": [dx, dweight], "sum, dx": [dx, none], "sum, dweight": [none, dweight]}
+    assert [(t.shape, t.dtype) for t in kept] == [(shape, dtype) for shape in shapes[keep]]
     detached = [t.detach() for t in arguments]
     opcheck(
         ops.linear_cross_entropy_backward.default,

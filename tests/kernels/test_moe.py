@@ -159,6 +159,14 @@ def test_a_base_is_added(fp8: bool, backend: str, device: torch.device) -> None:
     )
 
 
+def test_only_a_base_wants_a_gradient(backend: str, device: torch.device) -> None:
+    """Experts are frozen, and what is beside them is not."""
+    x, *weights = (t.to(device) for t in inputs(70, 32, 48, 5, 2))
+    base, dout = torch.randn_like(x).requires_grad_(), torch.randn_like(x)
+    moe_experts(x, route(70, 5, 2).to(device), *weights, base=base).backward(dout)
+    assert base.grad is not None and torch.equal(base.grad, dout)
+
+
 def test_all_tokens_to_one_expert(device: torch.device) -> None:
     """The others' gradients are exactly zero."""
     tensors = [t.to(device) for t in inputs(130, 8, 6, 4, 1)]
