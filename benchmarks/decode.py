@@ -32,6 +32,7 @@ from transformers.utils import logging
 
 from benchmarks import timing
 from benchmarks.cases import MINI
+from benchmarks.train import synchronize
 from minids.config import ModelConfig, preset
 from minids.convert.hf import to_hf_state
 from minids.convert.hf_config import to_hf_config
@@ -45,14 +46,16 @@ EXPERTS = ("eager", "batched_mm")
 
 
 class Ticks(StoppingCriteria):
-    """Never stops transformers' generation; only says when a step's ids have come."""
+    """Never stops transformers' generation; only says when a step's ids have come, for which it waits itself: on a GPU
+    transformers asks before it does."""
 
     def __init__(self, tick: Callable[[], None]) -> None:
         self.tick = tick
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        synchronize(input_ids.device)
         self.tick()
-        return torch.zeros(len(input_ids), dtype=torch.bool)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def our_model(config: ModelConfig) -> LanguageModel:

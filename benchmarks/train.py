@@ -88,7 +88,7 @@ TOP_KERNELS = 40
 class Side:
     """One contestant: a model, its optimizer and its loss, in one precision."""
 
-    def __init__(self, name: str, model: torch.nn.Module, loss: Loss, dtype: str):
+    def __init__(self, name: str, model: torch.nn.Module, loss: Loss, dtype: str, pool: Any = None) -> None:
         self.name, self.dtype, self.loss = f"{name} {dtype}", dtype, loss
         self.peer = self.name if dtype == "fp8" else name  # precisions of a peer compete for its place, fp8 has its own
         self.model = model.train()
@@ -100,7 +100,7 @@ class Side:
         self.peak_bytes: int | None = None  # on a GPU
         self.gradients: Callable[[list[torch.Tensor], None], tuple[torch.Tensor, torch.Tensor]] = self._gradients
         if self.device.type == "cuda" and loss is our_loss:
-            self.gradients = Recorded(self._gradients, self.device, self.model.parameters())
+            self.gradients = Recorded(self._gradients, self.device, self.model.parameters(), pool)
 
     def _gradients(self, inputs: list[torch.Tensor], kind: None) -> tuple[torch.Tensor, torch.Tensor]:
         """Forward and backward; the loss and the gradient's norm."""
@@ -208,12 +208,14 @@ def contestants(
     dtypes: Sequence[str],
     minimind: Path | None = None,
 ) -> list[Side]:
-    """Each in each precision, made on `device`; in fp8, the last of them, ours only."""
+    """Each in each precision, made on `device`; in fp8, the last of them, ours only. Recorded steps share their memory,
+    so that more is left for the others."""
     torch.manual_seed(0)
+    pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
     with device:
         model = DeepseekV3(config)
         return [
-            Side(name, *contestant(name, model, minimind), dtype)
+            Side(name, *contestant(name, model, minimind), dtype, pool)
             for name in names
             for dtype in DTYPES
             if dtype in dtypes and (dtype != "fp8" or name == OURS)

@@ -7,10 +7,11 @@ launch.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,8 @@ class Recorded(Generic[Kind, Result]):
     What `work` queues must depend on `kind` and the shapes of `inputs` alone, and nothing in it may wait for the GPU.
     Each such combination runs as it is the first time, which compiles its kernels; from the second on its graph is
     replayed. Before a call no parameter has a gradient. A result, gradients too, holds until the next call: graphs use
-    the same memory in turn.
+    the same memory in turn, those of several `Recorded` too if they are given the same `pool`
+    (`torch.cuda.graph_pool_handle`). But each keeps its result and gradients: combinations should be few.
     """
 
     def __init__(
@@ -50,9 +52,10 @@ class Recorded(Generic[Kind, Result]):
         work: Callable[[list[Tensor], Kind], Result],
         device: torch.device,
         parameters: Iterable[nn.Parameter] = (),
+        pool: Any = None,
     ) -> None:
         self.work, self.device, self.parameters = work, device, list(parameters)
-        self.pool = torch.cuda.graph_pool_handle()
+        self.pool = torch.cuda.graph_pool_handle() if pool is None else pool
         self._recordings: dict[Hashable, _Recording[Result] | None] = {}
 
     def __call__(self, inputs: Sequence[Tensor], kind: Kind) -> Result:
@@ -72,33 +75,40 @@ class Recorded(Generic[Kind, Result]):
             parameter.grad = gradient
         return recording.result
 
+    def forget(self) -> None:
+        """Lets go of all graphs and their memory."""
+        self._recordings.clear()
+
     def _record(self, inputs: Sequence[Tensor], kind: Kind) -> _Recording[Result]:
         own = [torch.empty_like(x, device=self.device) for x in inputs]
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         try:
-            with torch.cuda.graph(graph, self.pool):
+            with contextlib.ExitStack() as recording:
+                # what graphs share of random numbers must not be inference tensors (pytorch issue 166792)
+                with torch.inference_mode(False):
+                    recording.enter_context(torch.cuda.graph(graph, self.pool))
                 result = self.work(own, kind)
         except RuntimeError as error:
+            torch.cuda.set_stream(stream)  # PyTorch leaves its own current
             raise CannotRecord(str(error.__context__ or error).splitlines()[0]) from error
         return _Recording(graph, own, result, [parameter.grad for parameter in self.parameters])
 
 
-def waits(call: Callable[[], object]) -> bool:
-    """Whether `call` waits for a GPU somewhere, as far as PyTorch knows, or breaks."""
+def unless_it_waits(call: Callable[[], Result]) -> Result | None:
+    """What `call` returns; None where it waits for a GPU somewhere, as far as PyTorch knows, or breaks."""
     mode = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(action="ignore"):  # it says once that it is new
         torch.cuda.set_sync_debug_mode("error")
     try:
-        call()
+        return call()
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:
-        return True
+        return None
     finally:
         torch.cuda.set_sync_debug_mode(mode)
-    return False
 
 
-def pad_cu_seqlens(cu_seqlens: Tensor) -> Tensor:
-    """With empty documents at the end, to 2^n of them, so that batches have few shapes. int32 [documents + 1]."""
-    documents = cu_seqlens.shape[0] - 1
-    padding = (1 << (documents - 1).bit_length()) - documents
-    return F.pad(cu_seqlens, (0, padding), value=int(cu_seqlens[-1]))
+def pad_cu_seqlens(cu_seqlens: Tensor, documents: int) -> Tensor:
+    """int32 [n + 1] -> [documents + 1], with empty documents at the end."""
+    return F.pad(cu_seqlens, (0, documents + 1 - cu_seqlens.shape[0]), value=int(cu_seqlens[-1]))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from minids.device import queue_copy
-from minids.graph import Recorded, waits
+from minids.graph import Recorded, unless_it_waits
 from minids.infer.cache import LatentCache
 from minids.infer.forward import hidden_states
 from minids.model.model import DeepseekV3
@@ -46,8 +46,11 @@ class RecordedDecoder:
         cache.reserve(1)
         self.work.rows, memory = cache.rows, (cache.rows.data_ptr(), cache.capacity)
         inputs = [queue_copy(torch.tensor([*tokens, cache.length]), self.device)]
-        if self.waits is None:
-            self.waits = waits(lambda: self.work(inputs, memory))  # writes what this step writes, too
-        logits = (self.work if self.waits else self.recorded)(inputs, memory)
+        logits = None
+        if self.waits is None:  # the first call runs as it is
+            logits = unless_it_waits(lambda: self.recorded(inputs, memory))
+            self.waits = logits is None
+        if logits is None:
+            logits = (self.work if self.waits else self.recorded)(inputs, memory)
         cache.length += 1
         return logits

@@ -129,12 +129,6 @@ def _set_random_state(state: Mapping[str, str], device: torch.device) -> None:
         torch.cuda.set_rng_state(values["cuda"], device)
 
 
-def _flat(batches: Sequence[Batch], window: Window) -> list[Tensor]:
-    """What a recorded step reads."""
-    rows = [x for b in batches for x in (b.input_ids, b.labels, pad_cu_seqlens(b.cu_seqlens))]
-    return [window.counted, window.mtp_weight, *rows]
-
-
 def _imbalance(counts: Tensor) -> Tensor:
     """How much busier the busiest expert is than the mean, as a share of it, in the worst layer ("MaxVio")."""
     return (counts.amax(1) / counts.mean(1).clamp(min=1e-9)).amax() - 1
@@ -161,6 +155,7 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.dtype = pick_dtype(train.dtype, self.device)
         self.optimizer = build_optimizer(model, train)
+        self.documents = 0  # of each batch of a recorded step
         self.recorded: Recorded[bool, Gradients] | None = None
         if self.device.type == "cuda" and train.cuda_graph and task.same_shapes:
             self.recorded = Recorded(self._work, self.device, model.parameters())
@@ -225,8 +220,19 @@ class Trainer:
             sums["expert_imbalance"] = _imbalance(counts)
         return sums, counts
 
+    def _inputs(self, batches: Sequence[Batch], window: Window) -> list[Tensor]:
+        """What a recorded step reads. All batches get as many documents, empty ones at the end: a power of two, never
+        fewer than before. Otherwise each combination of numbers would be a graph, with gradients of its own."""
+        most = max(b.cu_seqlens.shape[0] - 1 for b in batches)
+        if most > self.documents:
+            self.documents = 1 << (most - 1).bit_length()
+            if self.recorded is not None:
+                self.recorded.forget()
+        rows = [x for b in batches for x in (b.input_ids, b.labels, pad_cu_seqlens(b.cu_seqlens, self.documents))]
+        return [window.counted, window.mtp_weight, *rows]
+
     def _work(self, inputs: list[Tensor], mtp: bool) -> Gradients:
-        """The same from what `_flat` made of batches and window."""
+        """`_gradients` from what `_inputs` made of batches and window."""
         counted, weight, *tensors = inputs
         batches = [Batch(*tensors[i : i + 3]) for i in range(0, len(tensors), 3)]
         return self._gradients(batches, Window(len(batches), counted, mtp, weight))
@@ -241,8 +247,16 @@ class Trainer:
         state = self.task.state()
         batches = [self.task.next_batch()]
         self.task.load_state(state)
+        window = self._window(batches)
+
+        def step() -> None:
+            if self.recorded is None:
+                self._gradients(batches, window)
+            else:
+                self._work([queue_copy(x, self.device) for x in self._inputs(batches, window)], window.mtp)
+
         try:
-            precompile(lambda: self._gradients(batches, self._window(batches)))
+            precompile(step)
         except Exception as error:  # the step compiles what it needs, and raises what stays wrong
             note(f"kernels are compiled one after the other: {type(error).__name__}: {error}")
         self.optimizer.zero_grad()
@@ -256,7 +270,7 @@ class Trainer:
             sums, counts = self._gradients(batches, window)
         else:
             try:
-                sums, counts = self.recorded(_flat(batches, window), window.mtp)
+                sums, counts = self.recorded(self._inputs(batches, window), window.mtp)
             except CannotRecord as why:
                 raise InputError(f"train.cuda_graph: this step cannot be recorded ({why}); wanted false") from why
         lr, speed = learning_rate(self.step, train), bias_speed(self.step, train)

@@ -4,36 +4,80 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minids.data.loader import Batch
 from minids.graph import Recorded, pad_cu_seqlens
 from minids.model import DeepseekV3
+from minids.train.loop import Gradients, Trainer, Window
 from minids.train.pretrain import pretrain
 from tests.minids import tiny
 
 
-@given(st.lists(st.integers(0, 50), min_size=1, max_size=70))
-def test_padding_adds_empty_documents_up_to_a_power_of_two(lengths: list[int]) -> None:
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=70), st.integers(0, 70))
+def test_padding_adds_empty_documents(lengths: list[int], more: int) -> None:
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    padded = pad_cu_seqlens(cu_seqlens)
-    added = padded.diff()[len(lengths) :]
+    padded = pad_cu_seqlens(cu_seqlens, len(lengths) + more)
     assert padded.dtype == torch.int32 and torch.equal(padded[: len(cu_seqlens)], cu_seqlens)
-    assert (added == 0).all() and len(added) < max(2, len(lengths))
-    assert (len(padded) - 1).bit_count() == 1
+    assert padded.diff()[len(lengths) :].tolist() == [0] * more
 
 
 def test_padding_changes_no_loss() -> None:
     model = DeepseekV3(tiny.model_config(50))
     ids = torch.randint(0, 50, (2, 30))
     cu_seqlens = torch.tensor([0, 7, 30, 33, 34, 60], dtype=torch.int32)
-    losses, padded = (model.losses(ids, ids, cu) for cu in (cu_seqlens, pad_cu_seqlens(cu_seqlens)))
+    losses, padded = (model.losses(ids, ids, cu) for cu in (cu_seqlens, pad_cu_seqlens(cu_seqlens, 8)))
     assert torch.equal(losses.nll_sum, padded.nll_sum) and torch.equal(losses.tokens, padded.tokens)
     assert torch.equal(losses.mtp_nll_sum[0], padded.mtp_nll_sum[0]) and torch.equal(losses.balance, padded.balance)
+
+
+class Played:
+    """In a graph's place: runs the work, and counts which graphs there would be at a time."""
+
+    def __init__(self, work: Callable[[list[torch.Tensor], bool], Gradients]) -> None:
+        self.work, self.graphs, self.most = work, set[Any](), 0
+
+    def __call__(self, inputs: list[torch.Tensor], kind: bool) -> Gradients:
+        self.graphs.add((kind, *(x.shape for x in inputs)))
+        self.most = max(self.most, len(self.graphs))
+        return self.work(inputs, kind)
+
+    def forget(self) -> None:
+        self.graphs.clear()
+
+
+def test_accumulated_batches_are_one_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever their numbers of documents, in which batches and steps differ; and the run is the same."""
+    tiny.write_shards(tmp_path)
+    documents: list[int] = []
+    played: list[Played] = []
+    init, inputs = Trainer.__init__, Trainer._inputs
+
+    def plays(trainer: Trainer, *arguments: Any) -> None:
+        init(trainer, *arguments)
+        trainer.recorded = Played(trainer._work)  # type: ignore[assignment]
+        played.append(trainer.recorded)  # type: ignore[arg-type]
+
+    def counts(trainer: Trainer, batches: list[Batch], window: Window) -> list[torch.Tensor]:
+        documents.extend(len(b.cu_seqlens) - 1 for b in batches)
+        return inputs(trainer, batches, window)
+
+    for graph in (False, True):
+        if graph:
+            monkeypatch.setattr(Trainer, "__init__", plays)
+            monkeypatch.setattr(Trainer, "_inputs", counts)
+        config = tiny.pretrain_config(tmp_path, f"graph-{graph}", steps=8, every=0)
+        pretrain(tiny.with_steps(config, grad_accumulation_steps=3))
+    tiny.assert_same_run(tmp_path / "graph-False", tmp_path / "graph-True")
+    assert len({(n - 1).bit_length() for n in documents}) > 1  # or this shows nothing
+    assert [p.most for p in played] == [1]
 
 
 @pytest.mark.gpu

@@ -58,7 +58,7 @@ def test_steps_are_the_models(waits: bool, monkeypatch: pytest.MonkeyPatch) -> N
         return step
 
     monkeypatch.setattr(recorded, "Recorded", replay)
-    monkeypatch.setattr(recorded, "waits", lambda call: (call(), waits)[1])
+    monkeypatch.setattr(recorded, "unless_it_waits", lambda call: None if waits else call())
     assert_same_steps(RecordedDecoder(model), model, ids, cache, own)
     assert [*dict.fromkeys(capacities)] == ([] if waits else [CHUNK, 2 * CHUNK])
 
