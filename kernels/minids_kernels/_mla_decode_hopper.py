@@ -231,6 +231,9 @@ def _fetch_fp8(sources, buffers, barriers, where, SEQUENCE_COST: gl.constexpr, R
         pages = table + sequence.to(gl.int64) * table_stride  # type: ignore[attr-defined]
         page = gl.load(pages + begin, mask=begin < end, other=0)
         soon = gl.load(pages + gl.minimum(begin + 1, end - 1), mask=begin < end, other=0)
+        if begin < end:
+            _into_l2(cache, page, ROW_WORDS)
+            _into_l2(cache, soon, ROW_WORDS)
         now = _half(cache, page, turn & 1, ROW_WORDS)
         for block in range(begin, end):
             stage, phase = turn & 1, turn >> 1 & 1

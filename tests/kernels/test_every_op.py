@@ -276,6 +276,19 @@ def test_one_graph_under_compile(name: str) -> None:
         assert_equal_but_for_rounding(run(compiled, tensors, dout), run(op, tensors, dout))
 
 
+LARGE = (
+    "fp8_gemm", "fp8_gemm_wgrad", "grouped_fp8_gemm", "grouped_fp8_gemm_wgrad", "mla_decode", "mla_decode, fp8",
+    "sum of losses",
+)  # fmt: skip
+
+
+def _gradients_of_a_sum(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Both, one after the other."""
+    pair = leaves([x, weight])
+    loss = kernels.linear_cross_entropy(*pair, targets, reduction="sum")
+    return torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, pair)])
+
+
 def _large(name: str) -> tuple[Callable[..., object], list[Tensor]]:
     """A forward op, and inputs for which several programs of its largest launch share a multiprocessor."""
     x, w, stacked = torch.randn(4000, 1024), torch.randn(1096, 1024), torch.randn(4, 520, 1024)
@@ -291,16 +304,30 @@ def _large(name: str) -> tuple[Callable[..., object], list[Tensor]]:
     if name == "grouped_fp8_gemm_wgrad":
         sides = (kernels.quantize_segments_transposed(side, offsets) for side in (x[:, :384], x[:, :640]))
         return kernels.grouped_fp8_gemm_wgrad, [*(part for side in sides for part in side), offsets]
+    if name == "sum of losses":
+        targets = torch.randint(len(w), (len(x),))
+        targets[::7] = -100
+        return _gradients_of_a_sum, [x.bfloat16(), w.bfloat16(), targets]
     cache, table = torch.randn(600, 64, 576).bfloat16(), torch.randperm(600, dtype=torch.int32).view(12, 50)
+    if name == "mla_decode, fp8":
+        codes = cache[..., :512].to(torch.float8_e4m3fn)
+        parts = codes, torch.rand(600, 64, 4), cache[..., 512:].contiguous()
+        cache = torch.cat([part.view(torch.uint8) for part in parts], dim=-1)
     lengths = torch.tensor([3200, 0, 1, 64, 65, 777, 2000, 31, 1000, 3199, 5, 128], dtype=torch.int32)
     q = torch.randn(12, 2, 16, 576).bfloat16()
     return lambda *inputs: kernels.mla_decode(*inputs, 512, 0.1)[0], [q, cache, table, lengths]
 
 
+@pytest.mark.parametrize("name", LARGE)
+def test_large_calls_are_right(name: str) -> None:
+    """What the next test repeats on a GPU, once by PyTorch."""
+    forward, inputs = _large(name)
+    out = forward(*inputs)
+    assert isinstance(out, Tensor) and out.isfinite().all() and out.count_nonzero() > out.numel() / 2
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "name", ["fp8_gemm", "fp8_gemm_wgrad", "grouped_fp8_gemm", "grouped_fp8_gemm_wgrad", "mla_decode", *sorted(TRITON)]
-)
+@pytest.mark.parametrize("name", [*LARGE, *sorted(TRITON)])
 def test_a_thousand_launches_give_the_same_bits(name: str) -> None:
     if name in TRITON:
         op, make = CASES[name]

@@ -74,8 +74,13 @@ def masked(device: torch.device) -> None:
 def experts(device: torch.device, tokens: int, fp8: bool) -> None:
     x, weight = half_precision(tokens, WIDTH, device=device), torch.rand(tokens, 2, device=device)
     ids = (torch.arange(tokens, device=device)[:, None] + torch.tensor([0, 1], device=device)) % EXPERTS
-    w_gate_up, w_down = (half_precision(EXPERTS, *s, device=device) for s in ((2 * INNER, WIDTH), (WIDTH, INNER)))
-    trained(lambda *inputs: kernels.moe_experts(inputs[0], ids, *inputs[1:], fp8=fp8), x, weight, w_gate_up, w_down)
+    sizes = (2 * INNER, WIDTH), (WIDTH, INNER)
+    w_gate_up, w_down = (torch.randn(EXPERTS, *s, device=device) for s in sizes)  # fp32, as training has them
+
+    def added(base: Tensor, x: Tensor, *weights: Tensor) -> Tensor:
+        return kernels.moe_experts(x, ids, *weights, fp8=fp8, base=base)
+
+    trained(added, half_precision(tokens, WIDTH, device=device), x, weight, w_gate_up, w_down)
 
 
 def every_kernel(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -202,5 +207,5 @@ def test_nothing_out_of_bounds_and_no_race(tool: str) -> None:
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9"]
     script = [sys.executable, "-c", "from tests.kernels.test_sanitizer import run; run()"]
-    found = subprocess.run([*command, *script], env=environment, cwd=ROOT, capture_output=True, text=True)
+    found = subprocess.run([*command, *script], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-2000:]
