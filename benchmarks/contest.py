@@ -115,6 +115,8 @@ class Contest:
             row["events"] = self.prepared[name].events
 
     def _check(self, row: dict[str, Any], contestant: Contestant, output: Any) -> None:
+        if contestant.limit:
+            return
         verdict = judge(contestant.read(output), self.want, self.case.tolerance)
         row["error"] = verdict.error if verdict.error < float("inf") else None
         if verdict.reason:

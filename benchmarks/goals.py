@@ -108,6 +108,7 @@ GOALS = (  # 21 and up are of MLA, 18 and 19 of the CPU
     Goal(14, "fp8_gemm", "linear fwd+bwd", ("bf16",), 1.25, 1.45),
     Goal(14, "fp8_gemm", "linear fwd+bwd", ("torchao",), 1.15, 1.4),
     Goal(15, "moe", "layer fwd+bwd", ("F.grouped_mm",), 1.3, 1.6),
+    Goal(15, "moe", "layer fwd+bwd", ("dense",), 1 / 1.15, 1.0, where=lambda s: s["M"] >= 8192, which="M >= 8192"),
     Goal(16, "fp8_gemm", "fwd", ("deepgemm",), 3.0, 3.0, of="first_s"),
     Goal(18, "rms_norm", "fwd+bwd", ("eager",), 1.5, 1.5, where=lambda s: s == {"M": 4096, "N": 1024},
          which="M=4096 N=1024", device="cpu"),

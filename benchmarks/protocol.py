@@ -8,10 +8,11 @@ A room's module has
 
 Names that benchmarks.goals and the tables rely on. Contestants: "minids" is ours, always there; "eager" is the plain
 formula in PyTorch, "compile" the same under torch.compile, "cublas" F.scaled_mm with block scales, "bf16" PyTorch's
-bf16 product, then "torchao", "deepgemm", "liger", "fla", "unsloth", "vllm triton", "sglang triton" and "deepseek"
-(DeepSeek's own kernels' formulae); a PyTorch function goes by its own name, "F.rms_norm". Cases: "fwd", "bwd",
-"fwd+bwd", with a word before it where one room has several ops: "linear fwd+bwd", "residual fwd", "quant fwd". Sizes
-are letters: M rows or tokens, N output columns (a norm's columns), K what is summed over, E experts.
+bf16 product, then "torchao", "deepgemm", "liger", "fla", "unsloth", "vllm triton", "sglang triton", "deepseek"
+(DeepSeek's own kernels' formulae) and "dense" (for experts, a feed-forward layer of as many active FLOPs); a PyTorch
+function goes by its own name, "F.rms_norm". Cases: "fwd", "bwd", "fwd+bwd", with a word before it where one room has
+several ops: "linear fwd+bwd", "residual fwd", "quant fwd". Sizes are letters: M rows or tokens, N output columns (a
+norm's columns), K what is summed over, E experts.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Inputs:
 class Contestant:
     """One implementation. `bind(inputs)` prepares what is not timed (layouts, operands quantised beforehand,
     compilation) and returns the timed call, which must not change the inputs; `read` turns the call's output into what
-    the reference returns (dequantises, transposes back). Imports of other projects belong inside both.
+    the reference returns (dequantises, transposes back). Imports of other projects belong inside both. `limit`: it does
+    other work, than which ours can hardly be faster, and is not compared with the reference.
     """
 
     bind: Callable[[Inputs], Run]
@@ -56,6 +58,7 @@ class Contestant:
     )
     on: tuple[str, ...] = ()  # architectures it runs on, "sm_90"; "cuda" is any GPU; none named: everywhere
     read: Callable[[Any], Any] = lambda output: output
+    limit: bool = False
 
 
 @dataclass(frozen=True)

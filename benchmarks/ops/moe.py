@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
-from minids_kernels import _launch, moe_experts, moe_experts_reference
+from minids_kernels import _launch, moe_experts, moe_experts_reference, swiglu
 from torch import Tensor, nn
 
 from benchmarks import sglang_moe, triton_moe, unsloth_moe
@@ -52,7 +52,10 @@ EXPERTS, TOP_K = 8, 2
 LAYER_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # of the median token: in bf16 transformers routes some otherwise
 
 # tokens, width, inner width, experts, experts a token: V3's layer on one of 32 and one of 8 devices, mini models
-GPU_SHAPES = [(8192, 7168, 2048, 8, 2), (8192, 7168, 2048, 32, 8), (16, 7168, 2048, 32, 8), (16_384, 512, 256, 32, 4)]
+GPU_SHAPES = [
+    (8192, 7168, 2048, 8, 2), (8192, 7168, 2048, 32, 8), (16, 7168, 2048, 32, 8), (16_384, 512, 256, 32, 4),
+    (16_384, 1024, 512, 64, 8),
+]  # fmt: skip
 CPU_SHAPES, SMALL_SHAPE = [(2048, 256, 128, 8, 2)], (128, 64, 32, 4, 2)
 
 
@@ -76,6 +79,23 @@ def grouped(x: Tensor, topk_ids: Tensor, topk_weight: Tensor, w_gate_up: Tensor,
     gate, up = grouped_gemm.functional(x[token], w_gate_up, offsets).chunk(2, dim=-1)
     y = grouped_gemm.functional(F.silu(gate) * up, w_down, offsets)
     return torch.zeros_like(x).index_add(0, token, y * topk_weight.flatten()[order, None].to(y.dtype))
+
+
+def bind_dense(mode: str) -> Callable[[Inputs], Run]:
+    """One SwiGLU as wide as a token's experts together, which are the first ones here: the limit of the layer."""
+
+    def bind(inputs: Inputs) -> Run:
+        x, topk_ids, _, w_gate_up, w_down = inputs.args
+        chosen = slice(topk_ids.shape[1])
+        w_in = torch.cat([part.flatten(0, 1) for part in w_gate_up[chosen].chunk(2, dim=1)])
+        w_out = w_down[chosen].transpose(0, 1).flatten(1).contiguous()
+
+        def layer(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+            return F.linear(swiglu(F.linear(x, w_in)), w_out)
+
+        return calls(layer, mode)(Inputs((x, w_in, w_out), inputs.douts))
+
+    return bind
 
 
 def liger(x: Tensor, topk_ids: Tensor, topk_weight: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
@@ -114,6 +134,7 @@ def _case(
             OURS: Contestant(calls(moe_experts, mode), package="minids"),
             "eager": Contestant(calls(eager, mode)),
             "F.grouped_mm": Contestant(calls(grouped, mode)),
+            "dense": Contestant(bind_dense(mode), limit=True),
             "liger": Contestant(calls(liger, mode), package="liger-kernel", on=("cuda",)),
             "unsloth": Contestant(calls(unsloth_moe.unsloth_experts, mode), package="unsloth", on=("cuda",)),
             **(serving if mode == "fwd" else {}),
@@ -133,6 +154,7 @@ def _fp8_case(case: Case, mode: str) -> Case:
         contestants={
             OURS: Contestant(calls(functools.partial(moe_experts, fp8=True), mode), package="minids"),
             "without fp8": case.contestants[OURS],
+            "dense": case.contestants["dense"],
             **({"vllm triton": vllm} if mode == "fwd" else {}),
         },
         tolerance=1e-1,  # four to eight roundings to e4m3, of 2^-4 / sqrt(3) each in the root mean square

@@ -87,6 +87,14 @@ def test_wrong_ones_are_caught_and_not_timed(wrong: Callable[..., Any], reason: 
     assert rows["peer"]["median_us"] is None and rows[OURS]["status"] == "timed"
 
 
+def test_a_limit_need_not_do_the_same() -> None:
+    """Its time is a ratio like the others'; a peer that does other work has none."""
+    rows = rows_of({"dense": timed(lambda x: x[:1], limit=True), "peer": timed(lambda x: x[:1])})
+    assert {name: row["status"] for name, row in rows.items()} == {OURS: "timed", "dense": "timed", "peer": "wrong"}
+    assert rows["dense"]["error"] is None
+    assert set(*run.ratios(rows.values()).values()) == {"dense"}
+
+
 def test_one_that_goes_wrong_while_it_is_timed_is_caught() -> None:
     count = []
 
