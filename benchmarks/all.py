@@ -54,7 +54,7 @@ PARTS = (
         "--profile {out}/train_kernels.json",
     ),
     Part("first_step", 2, "benchmarks.first_step"),
-    Part("decode", 2, "benchmarks.decode --contexts 128 2048"),
+    Part("decode", 3, "benchmarks.decode --contexts 128 2048 --tokens 48 --repeats 3"),
     Part(
         "kernels", 60,
         "benchmarks.run --repeats 20 --minutes {minutes} --out {out}/kernels.json --resume --commit {commit}",
