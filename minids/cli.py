@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import errno
 import io
 import sys
@@ -36,7 +37,7 @@ from minids.config import (
     setting_names,
     to_dict,
 )
-from minids.errors import InputError, Interrupted
+from minids.errors import FULL, InputError, Interrupted
 from minids.terminal import Parser, canonical, emit, to_json
 
 if TYPE_CHECKING:
@@ -84,11 +85,14 @@ def add_settings(parser: Parser, cls: type, own: Sequence[str]) -> None:
 
 
 def stage_config(args: argparse.Namespace, base: C, own: Sequence[str]) -> C:
-    """The run's configuration. With --resume, the run folder's own config.toml replaces defaults and preset."""
+    """The run's configuration. With --resume, the run folder's own config.toml replaces defaults."""
     stored = Path(args.out or "") / "config.toml"
-    resumed = args.resume and args.out and stored.is_file()
-    for path in filter(None, [stored if resumed else None, args.config]):
-        base = from_dict(type(base), load_toml(path), base, where=f"{path}: ")
+    if args.resume and args.out and stored.is_file():
+        base = from_dict(type(base), load_toml(stored), base, where=f"{stored}: ")
+    if isinstance(base, PretrainConfig) and args.preset:
+        base = dataclasses.replace(base, model=preset(args.preset))
+    if args.config:
+        base = from_dict(type(base), load_toml(args.config), base, where=f"{args.config}: ")
     flags = {key.removeprefix(SETTING): value for key, value in vars(args).items() if key.startswith(SETTING)}
     flags |= {name: getattr(args, name) for name in own if getattr(args, name) is not None}
     config = from_flags(base, flags)
@@ -177,12 +181,12 @@ def pretrain_arguments(parser: Parser) -> None:
     parser.add_argument("--data", metavar="SHARDS", help="folder written by minids prepare")
     parser.add_argument("--tokenizer", metavar="DIR")
     parser.add_argument("--out", metavar="RUN", help="run folder")
-    parser.add_argument("--preset", default="nano", metavar="NAME", help=f"{', '.join(PRESETS)}; default nano")
+    parser.add_argument("--preset", metavar="NAME", help=f"{', '.join(PRESETS)}; default nano")
     add_settings(parser, PretrainConfig, PRETRAIN_OWN)
 
 
 def pretrain(args: argparse.Namespace) -> dict[str, Any]:
-    config = stage_config(args, PretrainConfig(model=preset(args.preset)), PRETRAIN_OWN)
+    config = stage_config(args, PretrainConfig(model=preset("nano")), PRETRAIN_OWN)
     from minids.train.pretrain import pretrain
 
     return pretrain(config, resume=args.resume)
@@ -404,6 +408,8 @@ def run(argv: Sequence[str]) -> None:
     args, rest = parser.parse_known_args(argv)
     if rest:
         raise InputError(f"unexpected argument {rest[0]!r} (see minids {args.command} --help)")
+    if getattr(args, "out", None) == "":
+        raise InputError("--out: got an empty path, wanted a folder to write")
     if args.version:
         emit(f"minids {minids.__version__}\n")
     elif args.command is None:
@@ -414,9 +420,11 @@ def run(argv: Sequence[str]) -> None:
             emit(to_json(result) + "\n")
 
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # OSErrors about a path the user named; others are faults of the program and keep their traceback.
-PATH_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+PATH_ERRORS = {
+    *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM),
+    *(errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP),
+}
 
 
 def os_error_text(error: OSError) -> str | None:
@@ -424,7 +432,7 @@ def os_error_text(error: OSError) -> str | None:
     where = f"{error.filename}: " if error.filename else ""
     if error.errno in FULL:
         return f"{where}{error.strerror}; make room and run the same command again"
-    if isinstance(error, PATH_ERRORS) and error.filename:
+    if error.errno in PATH_ERRORS and error.filename:
         return f"{where}{(error.strerror or 'cannot be used').lower()}"
     return None
 

@@ -68,7 +68,7 @@ class ModelConfig:
     rope_scaling: YarnConfig | None = None
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.006
-    bos_token_id: int = 0
+    bos_token_id: int = 0  # this and the next: `minids pretrain` takes the tokenizer's
     eos_token_id: int = 1
     pad_token_id: int | None = None
 
@@ -80,6 +80,14 @@ class ModelConfig:
         for name in positive.split():
             if getattr(self, name) < 1:
                 raise InputError(f"model.{name}: got {getattr(self, name)}, wanted a whole number >= 1")
+        for name in ("n_shared_experts", "num_nextn_predict_layers", "first_k_dense_replace"):
+            if getattr(self, name) < 0:
+                raise InputError(f"model.{name}: got {getattr(self, name)}, wanted a whole number >= 0")
+        if self.q_lora_rank is not None and self.q_lora_rank < 1:
+            raise InputError(f"model.q_lora_rank: got {self.q_lora_rank}, wanted a whole number >= 1, or none")
+        for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"model.{name}: got {getattr(self, name)}, wanted a number > 0")
         if self.qk_rope_head_dim % 2:
             raise InputError(f"model.qk_rope_head_dim: got {self.qk_rope_head_dim}, wanted an even number")
         if self.num_hidden_layers + self.num_nextn_predict_layers > self.first_k_dense_replace:
@@ -203,8 +211,19 @@ class TrainConfig:
         for name in ("steps", "batch_size", "grad_accumulation_steps", "eval_batches", "log_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"train.{name}: got {getattr(self, name)}, wanted a whole number >= 1")
-        if not self.lr > 0:
-            raise InputError(f"train.lr: got {self.lr}, wanted a number > 0")
+        for name in ("lr", "eps", "grad_clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"train.{name}: got {getattr(self, name)}, wanted a number > 0")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"train.{name}: got {getattr(self, name)}, wanted a number from 0 to below 1")
+        for name in ("weight_decay", "bias_update_speed", "balance_loss_alpha", "mtp_loss_weight", "eval_every"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"train.{name}: got {getattr(self, name)}, wanted 0 or more")
+        if self.warmup_steps is not None and self.warmup_steps < 0:
+            raise InputError(f"train.warmup_steps: got {self.warmup_steps}, wanted 0 or more, or none")
+        if not 0 <= self.seed < 1 << 63:
+            raise InputError(f"train.seed: got {self.seed}, wanted a whole number from 0 to below 2^63")
 
 
 @dataclass(kw_only=True)

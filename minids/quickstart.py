@@ -39,7 +39,7 @@ from minids.data.chat import preference_samples
 from minids.data.loader import Loader
 from minids.data.prepare import prepare
 from minids.data.rows import read_rows
-from minids.data.store import TRAIN, TokenShards
+from minids.data.store import HOLDOUT, TRAIN, TokenShards
 from minids.device import keep_freed_memory
 from minids.errors import InputError
 from minids.files import atomic_directory, atomic_write, read_json, write_json
@@ -269,7 +269,10 @@ def _tokenizer(out: Path) -> Result:
 
 def _shards(out: Path) -> Result:
     file = out / "data" / "pretrain.jsonl"
-    return prepare([file], out / "tokenizer", out / "shards", seq_len=SEQ_LEN, replace=True)
+    result = prepare([file], out / "tokenizer", out / "shards", seq_len=SEQ_LEN, replace=True)
+    if not TokenShards(out / "shards").rows(HOLDOUT):
+        raise InputError(f"--data: {file.stat().st_size} bytes of text are too few to hold any of them out; give more")
+    return result
 
 
 def _train_config(steps: int, **changes: Any) -> TrainConfig:
@@ -409,7 +412,11 @@ def quickstart(
     if out.exists() and not resume and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: already exists; give another --out, add --resume to go on with it, or remove it")
     former = read_json(out / DONE) if (out / DONE).is_file() else {}
+    if out.is_dir() and not former and any(not path.name.startswith(".") for path in out.iterdir()):
+        raise InputError(f"{out}: no quickstart to go on with (it holds no {DONE}) and not empty; give another --out")
     stages: dict[str, Result] = former.get("stages", {})
+    if data and stages and stages["data"]["source"] != list(data):
+        raise InputError(f"--data: got {list(data)}, but the quickstart in {out} began with {stages['data']['source']}")
     seconds: dict[str, float] = former.get("seconds", {})
 
     def stage(name: str, title: str, work: Callable[[], Result]) -> Result:

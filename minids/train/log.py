@@ -18,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from minids.config import to_dict
+from minids.errors import InputError
 from minids.files import atomic_write
 
 TIMING = ("seconds", "tokens_per_second")
@@ -37,12 +38,16 @@ def progress(total: int, done: int, unit: str, title: str) -> tqdm:
 
 
 def read_metrics(run_dir: str | os.PathLike[str]) -> list[Record]:
-    """The records of a run; a last line cut off by a kill is left out."""
+    """The records of a run; a last line cut off by a kill is left out. InputError for a line that is no record."""
     path = Path(run_dir) / METRICS
     records: list[Record] = []
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else [], 1):
         if line.endswith(b"\n"):
-            records.append(json.loads(line))
+            try:
+                record = json.loads(line)
+                records.append({"step": record["step"], "kind": record["kind"], **record})
+            except (ValueError, TypeError, KeyError):
+                raise InputError(f"{path}, line {number}: damaged; remove the line, and what it says is lost") from None
     return records
 
 

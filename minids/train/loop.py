@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from minids_kernels import precompile
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from minids.config import TrainConfig
 from minids.data.loader import Batch
@@ -185,6 +186,9 @@ class Trainer:
     def save(self) -> None:
         if latest_checkpoint(self.run.out) == self.run.out / f"step_{self.step:06d}":
             return  # interrupted right after a checkpoint
+        with torch.no_grad():
+            if not get_total_norm(self.model.parameters()).isfinite():
+                raise self._diverged("weights are no longer finite")
         self.log.sync()
         state = {
             "stage": self.task.stage,
@@ -199,9 +203,19 @@ class Trainer:
         save_checkpoint(self.run.out, self.step, self.model, self.optimizer, state, self.config.checkpoint.keep)
 
     def evaluate(self) -> None:
+        """InputError when a held-out value is no longer finite."""
         with torch.no_grad(), autocast(self.device, self.dtype):
             values = self.task.evaluate(self.model)
+        if not all(map(math.isfinite, values.values())):
+            raise self._diverged(", ".join(f"{name} {value}" for name, value in values.items()) + " on held-out rows")
         self.log.write("eval", self.step, values)
+
+    def _diverged(self, what: str) -> InputError:
+        train = self.train
+        return InputError(
+            f"step {self.step}: {what}, so training has diverged; lower train.lr (now {train.lr:g}) or raise "
+            f"train.warmup_steps"
+        )
 
     def _gradients(self, batches: Sequence[Any], window: Window) -> Gradients:
         """Forward and backward of a step; leaves gradients in the parameters."""
@@ -280,12 +294,9 @@ class Trainer:
         if counts is not None and speed:
             self.model.update_expert_bias(counts, speed)
         values = dict(zip(sums, torch.stack([*sums.values()]).tolist(), strict=True))  # one wait for the device
-        if not math.isfinite(values["loss"] + values["grad_norm"]):
-            raise InputError(
-                f"step {self.step + 1}: the loss is {values['loss']} and the gradient norm {values['grad_norm']}, so "
-                f"training has diverged; lower train.lr (now {train.lr:g}) or raise train.warmup_steps"
-            )
         self.step += 1
+        if not math.isfinite(values["loss"] + values["grad_norm"]):
+            raise self._diverged(f"the loss is {values['loss']} and the gradient norm {values['grad_norm']}")
         self.tokens += sum(map(task.tokens, batches))
         return {**values, "lr": lr}
 
@@ -376,8 +387,8 @@ def train(task: Task, model: DeepseekV3, train: TrainConfig, config: StageConfig
         "tokens_per_second": round(speed, 1),
         "seconds": round(trainer.seconds, 2),
         "wall_seconds": round(time.perf_counter() - began, 2),
-        "before": evals[0],
-        "after": evals[-1],
+        "before": evals[0] if evals else {},
+        "after": evals[-1] if evals else {},
         "metrics": str(out / METRICS),
         "report": str(out / REPORT),
         "curves": str(out / CURVES) if has_curves else None,

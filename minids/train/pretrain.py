@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,7 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> dict[str, Any]:
             raise InputError(f"--{name}: not given, nor {name!r} in a --config file")
     config = absolute(config)
     tokenizer = Tokenizer.load(config.tokenizer)
-    model_config = config.model
+    model_config = dataclasses.replace(config.model, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
     if model_config.vocab_size < tokenizer.vocab_size:
         raise InputError(
             f"model.vocab_size: got {model_config.vocab_size}, but the tokenizer {config.tokenizer} has "

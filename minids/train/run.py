@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import math
 import os
 import shutil
@@ -44,10 +45,16 @@ from minids.train.checkpoint import (
     resolve,
 )
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 StageConfig = PretrainConfig | SFTConfig | DPOConfig
 C = TypeVar("C", bound=StageConfig)
 
 CONFIG = "config.toml"
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 # on resume: these change no number, but for the device, about which the loop warns
 MAY_CHANGE = {"out", "checkpoint.every", "checkpoint.keep", "train.cuda_graph", "train.device"}
 DEFAULT_SEQ_LEN = 512  # where neither the configuration nor the base run says (imported models)
@@ -163,6 +170,28 @@ def steps_for(settings: TrainConfig, epochs: float | None, items: int) -> TrainC
 
 
 @contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """The run folder to ourselves, as long as this process lives; where a file system has no locks, without."""
+    if fcntl is None:
+        yield
+        return
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise InputError(f"{out}: another command is at work in this run; wait for it, or give another --out") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            os.close(folder)
+            raise
+    try:
+        yield
+    finally:
+        os.close(folder)
+
+
+@contextlib.contextmanager
 def open_run(config: StageConfig, resume: bool) -> Iterator[Run]:
     """The run folder `config.out`, with `config` written down as config.toml, while signals are watched.
 
@@ -182,14 +211,14 @@ def open_run(config: StageConfig, resume: bool) -> Iterator[Run]:
         raise InputError(f"{out}: no run to resume (it holds no {CONFIG}) and not empty; give another --out")
     if started:
         _require_unchanged(config, out / CONFIG)
-    with Signals() as signals:
+    out.mkdir(parents=True, exist_ok=True)
+    with Signals() as signals, _alone(out):
         try:
-            out.mkdir(parents=True, exist_ok=True)
             remove_leftovers(out)
             if not started:
                 atomic_write(out / CONFIG, to_toml(config))
             yield Run(out, latest_checkpoint(out), signals)
-        except (InputError, Interrupted):
+        except BaseException:
             if not started and latest_checkpoint(out) is None:
                 shutil.rmtree(out, ignore_errors=True)
             raise

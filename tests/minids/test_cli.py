@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import io
 import json
@@ -92,6 +93,7 @@ def said(*argv: str) -> str:
             "model.n_group: got 3 groups for 8 routed experts",
         ),
         (["pretrain", "--config", "none.toml"], "none.toml: no such file"),
+        (["import", "hf", "--out", ""], "--out: got an empty path, wanted a folder to write"),
     ],
 )
 def test_mistakes_are_explained_in_one_line(capsys: Any, argv: list[str], message: str) -> None:
@@ -197,12 +199,15 @@ def test_tuning_stages_keep_their_own_defaults(stage: str, cls: Any, configs: An
 
 
 def test_resume_takes_the_settings_of_the_run(tmp_path: Path, configs: Any) -> None:
-    """Neither defaults nor the preset come back; a flag still counts."""
+    """Neither defaults nor the default preset come back; a flag still counts, and so does a preset that is named: the
+    run refuses what it did not begin with."""
     stored = c.PretrainConfig(data="d", tokenizer="t", out=str(tmp_path), model=c.preset("mini"))
     (tmp_path / "config.toml").write_text(c.to_toml(stored))
     assert main(["pretrain", "--out", str(tmp_path), "--resume"]) == 0
     assert main(["pretrain", "--out", str(tmp_path), "--resume", "--checkpoint.every", "3"]) == 0
-    assert [config for config, _ in configs] == [stored, c.from_flags(stored, {"checkpoint.every": "3"})]
+    assert main(["pretrain", "--out", str(tmp_path), "--resume", "--preset", "nano"]) == 0
+    other = dataclasses.replace(stored, model=c.preset("nano"))
+    assert [config for config, _ in configs] == [stored, c.from_flags(stored, {"checkpoint.every": "3"}), other]
 
 
 def test_settings_file_mistakes_name_the_file(tmp_path: Path, capsys: Any) -> None:
@@ -226,6 +231,7 @@ def test_settings_file_mistakes_name_the_file(tmp_path: Path, capsys: Any) -> No
         (OSError(errno.ENOSPC, "No space left on device"), 2, "No space left on device; make room"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "x"), 2, "x: no such file or directory"),
         (PermissionError(errno.EACCES, "Permission denied", "x"), 2, "x: permission denied"),
+        (OSError(errno.EROFS, "Read-only file system", "x"), 2, "x: read-only file system"),
     ],
 )
 def test_exit_codes(configs: Any, monkeypatch: Any, capsys: Any, error: Any, code: int, line: str) -> None:
@@ -413,6 +419,45 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 
     assert place(message) in refused(capsys, *map(place, argv))
     assert [path.name for path in tmp_path.iterdir()] == ["empty.jsonl"]
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["prepare", "--data", LONG, "--tokenizer", "tok", "--out", "o"],
+        ["prepare", "--data", "text.jsonl", "--tokenizer", LONG, "--out", "o"],
+        ["prepare", "--data", "text.jsonl", "--tokenizer", "tok", "--out", LONG],
+        ["tokenizer", "train", "--data", "text.jsonl", "--out", LONG],
+        ["pretrain", "--data", "shards", "--tokenizer", "tok", "--out", LONG],
+        ["pretrain", "--data", LONG, "--tokenizer", "tok", "--out", "o"],
+        ["sft", "--from", LONG, "--data", "chats.jsonl", "--out", "o"],
+        ["export", "base", "--to", "hf", "--out", LONG],
+        ["export", LONG, "--to", "hf", "--out", "o"],
+        ["import", LONG, "--out", "o"],
+        ["eval", LONG, "--data", "text.jsonl"],
+        ["generate", LONG, "--prompt", "x"],
+    ],
+    ids=lambda argv: " ".join(argv).replace(LONG, "LONG"),
+)
+def test_too_long_names_are_one_line(work: Path, monkeypatch: Any, capsys: Any, argv: list[str]) -> None:
+    monkeypatch.chdir(work)
+    assert f"{LONG}" in refused(capsys, *argv)
+    assert not (work / "o").exists()
+
+
+def test_export_on_a_full_disk(work: Path, tmp_path: Path, capsys: Any) -> None:
+    resource = pytest.importorskip("resource", reason="limits of a process are POSIX's")
+    out, before = tmp_path / "hf", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))  # as a full disk, without root
+    try:
+        line = refused(capsys, "export", str(work / "base"), "--to", "hf", "--out", str(out))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert line == f"{out}: File too large; make room and run the same command again"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for one process there")

@@ -8,6 +8,7 @@ import random
 import pytest
 
 from minids.config import PretrainConfig
+from minids.errors import InputError
 from minids.train.log import Means, MetricsLog, read_metrics, write_curves, write_report
 
 
@@ -28,6 +29,13 @@ def test_resuming_drops_what_lies_beyond_the_checkpoint(tmp_path, tail):
     log.write("train", 3, {"loss": 30.0})
     log.close()
     assert [record["loss"] for record in read_metrics(tmp_path)] == [1.0, 2.0, 30.0]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "null", '{"loss": 1.0}'])
+def test_a_damaged_line_is_named(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "kind": "eval"}\n' + line + "\n")
+    with pytest.raises(InputError, match=r"metrics\.jsonl, line 2: damaged"):
+        read_metrics(tmp_path)
 
 
 def test_a_fresh_start_drops_everything(tmp_path):

@@ -210,3 +210,25 @@ def test_the_clock_shares_out_what_is_left(monkeypatch):
     assert last == pytest.approx((200 - quickstart.RESERVE / 3) / 0.5, abs=1)
     now[0] += 1000
     assert clock.steps("dpo", 0.5) == quickstart.LEAST_STEPS
+
+
+def test_another_folder_is_not_gone_on_with(tmp_path):
+    """Its data and tokenizer would be replaced."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"no quickstart to go on with .*quickstart\.json"):
+        quickstart.quickstart(tmp_path, minutes=0.05, resume=True)
+    assert (tmp_path / "data" / "thesis.txt").read_text() == "mine"
+
+
+def test_other_data_on_resume_are_refused(tmp_path):
+    stages = {"data": {"source": "packages"}}
+    (tmp_path / "quickstart.json").write_text(json.dumps({"stages": stages}))
+    with pytest.raises(InputError, match=r"--data: got \['mine.jsonl'\], but the quickstart in .* began with packages"):
+        quickstart.quickstart(tmp_path, data=["mine.jsonl"], minutes=0.05, resume=True)
+
+
+def test_too_little_text_is_said(small, tmp_path):
+    (tmp_path / "mine.txt").write_text("Two lines.\n\nOf text.\n")
+    with pytest.raises(InputError, match="bytes of text are too few to hold any of them out"):
+        quickstart.quickstart(tmp_path / "q", data=[str(tmp_path / "mine.txt")], minutes=0.001)

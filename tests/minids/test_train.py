@@ -23,9 +23,9 @@ from minids.data.store import TokenShards
 from minids.errors import InputError, Interrupted
 from minids.loading import load
 from minids.train import loop
-from minids.train.checkpoint import latest_checkpoint
+from minids.train.checkpoint import latest_checkpoint, load_model_config
 from minids.train.loop import Trainer, pick_device
-from minids.train.pretrain import pretrain
+from minids.train.pretrain import LanguageModelTask, pretrain
 from tests.minids import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -308,6 +308,72 @@ def test_divergence_is_one_line(folder, tmp_path):
     config = tiny.with_steps(tiny.pretrain_config(folder, ""), lr=1e30, eval_every=0)
     config.out = str(tmp_path / "run")
     refused(config, r"training has diverged; lower train\.lr")
+
+
+def test_held_out_values_that_are_not_finite_are_divergence(folder, tmp_path, monkeypatch):
+    """After the last step they alone say it: its own loss was that of the weights before it."""
+    values = iter([{"nll": 1.0}, {"nll": math.nan}])
+    monkeypatch.setattr(LanguageModelTask, "evaluate", lambda task, model: next(values))
+    config = tiny.with_steps(tiny.pretrain_config(folder, "", every=0), steps=2, eval_every=0)
+    config.out = str(tmp_path / "run")
+    refused(config, r"step 2: nll nan on held-out rows, so training has diverged")
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(folder, tmp_path, monkeypatch):
+    step = loop.Trainer.optimizer_step
+
+    def ruins(trainer):
+        values = step(trainer)
+        if trainer.step == 6:
+            trainer.model.lm_head.weight.data[0, 0] = torch.inf
+        return values
+
+    monkeypatch.setattr(loop.Trainer, "optimizer_step", ruins)
+    config = tiny.with_steps(tiny.pretrain_config(folder, ""), eval_every=0)
+    config.out = str(tmp_path / "run")
+    refused(config, r"step 6: weights are no longer finite, so training has diverged")
+    assert latest_checkpoint(config.out).name == "step_000004"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders have no locks there")
+def test_a_run_in_progress_is_left_alone(folder, tmp_path, monkeypatch):
+    config = tiny.pretrain_config(folder, "")
+    config.out = str(tmp_path / "run")
+    step = loop.Trainer.optimizer_step
+
+    def meanwhile(trainer):
+        if trainer.step == 5:
+            refused(config, "another command is at work in this run", resume=True)
+        return step(trainer)
+
+    monkeypatch.setattr(loop.Trainer, "optimizer_step", meanwhile)
+    pretrain(config)
+    tiny.assert_same_run(config.out, folder / "whole")
+    assert pretrain(config, resume=True)["already_finished"]  # and is free again
+
+
+def test_a_run_that_breaks_leaves_nothing(folder, tmp_path, monkeypatch):
+    def breaks(trainer):
+        raise MemoryError
+
+    monkeypatch.setattr(loop.Trainer, "optimizer_step", breaks)
+    config = tiny.pretrain_config(folder, "")
+    config.out = str(tmp_path / "run")
+    with pytest.raises(MemoryError):
+        pretrain(config)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_special_ids_are_the_tokenizers(folder, tmp_path):
+    """Whatever the configuration says: they stop generation, here and where the model is exported to."""
+    config = tiny.pretrain_config(folder, "", steps=1, every=0)
+    config.out, config.model = str(tmp_path / "run"), dataclasses.replace(config.model, bos_token_id=7, eos_token_id=9)
+    pretrain(config)
+    found = load_model_config(latest_checkpoint(config.out))
+    tokenizer = tiny.tokenizer()
+    assert (found.bos_token_id, found.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
+    assert pretrain(config, resume=True)["already_finished"]
 
 
 def test_a_full_disk_while_logging_keeps_the_last_checkpoint(folder, tmp_path, monkeypatch):
