@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import os
 import platform
 import shutil
@@ -112,20 +113,14 @@ def recommended_dtype(torch: Any) -> dict[str, str]:
 
 
 def kernels() -> dict[str, list[str]] | None:
-    """Op -> its implementations, from what minids_kernels holds: "torch", and "triton" where the op's module has a
-    Triton kernel. None when the package cannot be imported."""
+    """Op -> its implementations: "torch", and "triton" where Triton is installed, which every op runs or is made of ops
+    that do. None when the package cannot be imported."""
     package = _module("minids_kernels")
     if package is None:
         return None
-    ops = {}
-    for name in package.__all__:
-        op = getattr(package, name)
-        if name.endswith("_reference") or not callable(op):
-            continue
-        parts = vars(sys.modules[op.__module__]).values() if op.__module__ in sys.modules else ()
-        has_triton = any(type(part).__module__.split(".")[0] == "triton" for part in parts)
-        ops[name] = ["torch", "triton"] if has_triton else ["torch"]
-    return ops
+    kinds = ["torch", "triton"] if package._launch.HAS_TRITON else ["torch"]
+    ops = (name for name in package.__all__ if inspect.isfunction(getattr(package, name)))
+    return {name: kinds for name in ops if not name.endswith("_reference") and name != "precompile"}
 
 
 def advice(facts: Facts) -> list[str]:
