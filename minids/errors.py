@@ -1,5 +1,9 @@
 """The exceptions that the command line turns into one line and an exit code."""
 
+import errno
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # of an OSError: no room to write
+
 
 class InputError(ValueError):
     """Bad input: what came, where, and what would be right, in one sentence. Exit code 2."""

@@ -9,6 +9,8 @@ of 128 x 128. Sources: README_WEIGHTS.md of the official release; transformers 5
 
 from __future__ import annotations
 
+import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -294,7 +296,10 @@ def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, max_shard
 
     def flush() -> None:
         files.append(list(shard))
-        save_file(shard, folder / f"{len(files)}.safetensors", metadata={"format": "pt"})
+        try:
+            save_file(shard, folder / f"{len(files)}.safetensors", metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise _system_error(error) from None
         shard.clear()
 
     for name, tensor in tensors:
@@ -316,6 +321,12 @@ def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, max_shard
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index)
     return {"bytes": total, "tensors": sum(map(len, files)), "shards": len(files)}
+
+
+def _system_error(error: SafetensorError) -> Exception:
+    """The operating system's error that safetensors tells of in words, "... (os error 28)"; any other as it is."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else error
 
 
 def import_hf(hf_dir: str | Path, out: str | Path) -> dict[str, Any]:

@@ -444,7 +444,7 @@ LONG = "x" * 300
 )
 def test_too_long_names_are_one_line(work: Path, monkeypatch: Any, capsys: Any, argv: list[str]) -> None:
     monkeypatch.chdir(work)
-    assert f"{LONG}" in refused(capsys, *argv)
+    assert LONG in refused(capsys, *argv)
     assert not (work / "o").exists()
 
 
