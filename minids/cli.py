@@ -109,9 +109,7 @@ def stage_config(args: argparse.Namespace, base: C, own: Sequence[str]) -> C:
 def quickstart_arguments(parser: Parser) -> None:
     parser.add_argument("--out", default="runs/quickstart", metavar="DIR", help="default runs/quickstart")
     parser.add_argument("--minutes", type=float, metavar="M", help="about how long all stages together may take")
-    parser.add_argument(
-        "--data", nargs="+", metavar="FILE", help="your own text or chats instead of the built-in corpus"
-    )
+    parser.add_argument("--data", **FILES, help="your own text or chats instead of the built-in corpus")
     parser.add_argument("--resume", action="store_true", help="go on with what an interrupted quickstart left in --out")
 
 
@@ -126,7 +124,7 @@ def tokenizer_arguments(parser: Parser) -> None:
     train = parser.add_subparsers(dest="action", required=True, metavar="ACTION").add_parser(
         "train", help="train a byte-level BPE on row files"
     )
-    train.add_argument("--data", nargs="+", required=True, metavar="FILE", help="row files, folders or patterns")
+    train.add_argument("--data", required=True, **FILES, help="row files, folders or patterns")
     train.add_argument("--out", required=True, metavar="DIR")
     train.add_argument("--vocab-size", type=int, default=6400, metavar="N", help="default 6400")
     train.add_argument("--like", metavar="DIR", help="take over another tokenizer's settings and special tokens")
@@ -144,7 +142,7 @@ def tokenizer_train(args: argparse.Namespace) -> dict[str, Any]:
 
 def prepare_arguments(parser: Parser) -> None:
     data = "row files, folders or patterns, each with a weight if wanted: PATH=0.7"
-    parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help=data)
+    parser.add_argument("--data", required=True, **FILES, help=data)
     parser.add_argument("--tokenizer", required=True, metavar="DIR")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the token shards")
     parser.add_argument("--seq-len", type=int, default=512, metavar="N", help="tokens in a packed row, default 512")
@@ -195,7 +193,7 @@ def pretrain(args: argparse.Namespace) -> dict[str, Any]:
 def tune_arguments(cls: type) -> Callable[[Parser], None]:
     def arguments(parser: Parser) -> None:
         parser.add_argument("--from", dest="base", metavar="RUN", help="run folder or checkpoint to start from")
-        parser.add_argument("--data", nargs="+", metavar="FILE", help="row files, folders or patterns")
+        parser.add_argument("--data", **FILES, help="row files, folders or patterns")
         parser.add_argument("--out", metavar="RUN", help="run folder")
         add_settings(parser, cls, TUNE_OWN)
 
@@ -221,7 +219,7 @@ MODEL_HELP = "run folder, one of its checkpoints, or a Hugging Face DeepseekV3 f
 
 def evaluate_arguments(parser: Parser) -> None:
     parser.add_argument("model", metavar="RUN", help=MODEL_HELP)
-    parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help="row files, folders or patterns")
+    parser.add_argument("--data", required=True, **FILES, help="row files, folders or patterns")
     parser.add_argument("--seq-len", type=int, metavar="N", help="longest context; longer texts are cut into pieces")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="default 8")
     parser.add_argument("--device", default="auto")
@@ -421,6 +419,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 # OSErrors about a path the user named; others are faults of the program and keep their traceback.
+FILES: dict[str, Any] = {"nargs": "+", "action": "extend", "metavar": "FILE"}  # of --data, which may be repeated
 PATH_ERRORS = {
     *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM),
     *(errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP),

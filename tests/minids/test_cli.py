@@ -173,6 +173,12 @@ def configs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return seen
 
 
+def test_data_may_be_named_once_or_again(configs: Any) -> None:
+    assert main(["sft", "--from", "base", "--data", "a", "b", "--out", "run", "--data", "c"]) == 0
+    ((config, _),) = configs
+    assert config.data == ["a", "b", "c"]
+
+
 def test_flags_over_file_over_preset_over_defaults(tmp_path: Path, configs: Any, capsys: Any) -> None:
     toml = tmp_path / "run.toml"
     toml.write_text('data = "shards"\ntokenizer = "tok"\n[train]\nlr = 1e-3\nsteps = 7\n[model]\nhidden_size = 64\n')
