@@ -8,7 +8,6 @@ nothing else, so a resumed run repeats an uninterrupted one bit for bit (same ma
 
 from __future__ import annotations
 
-import errno
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from torch.nn.utils import get_total_norm
 from minids.config import TrainConfig
 from minids.data.loader import Batch
 from minids.device import keep_freed_memory, queue_copy
-from minids.errors import InputError, Interrupted
+from minids.errors import FULL, InputError, Interrupted
 from minids.graph import CannotRecord, Recorded, pad_cu_seqlens
 from minids.model.model import DeepseekV3
 from minids.precision import autocast, pick_dtype
@@ -45,8 +44,6 @@ from minids.train.log import (
 from minids.train.optim import build_optimizer, gradient_norm, set_learning_rate
 from minids.train.run import Run, StageConfig
 from minids.train.schedule import bias_speed, learning_rate, mtp_weight
-
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass(frozen=True)
@@ -141,7 +138,7 @@ def _full_disk(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.errno not in FULL:
             raise
         last = latest_checkpoint(out)
         kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
