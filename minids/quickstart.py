@@ -38,7 +38,7 @@ from minids.config import (
 from minids.data.chat import preference_samples
 from minids.data.loader import Loader
 from minids.data.prepare import prepare
-from minids.data.rows import read_rows
+from minids.data.rows import RowReport, read_rows
 from minids.data.store import HOLDOUT, TRAIN, TokenShards
 from minids.device import keep_freed_memory
 from minids.errors import InputError
@@ -95,7 +95,8 @@ def _bytes(texts: Iterable[str]) -> int:
 def _own_rows(files: Sequence[str], size: float) -> dict[str, list[Any]]:
     """The user's rows by kind, the first ones up to about `size` bytes in all; without texts, chats serve as text."""
     rows: dict[str, list[Any]] = {"text": [], "chat": [], "preference": []}
-    for row in read_rows(files):
+    bad = RowReport()
+    for row in read_rows(files, report=bad):
         if row.kind == "text" and row.text is not None:
             rows["text"].append(row.text)
             size -= len(row.text.encode())
@@ -107,6 +108,8 @@ def _own_rows(files: Sequence[str], size: float) -> dict[str, list[Any]]:
             size -= _bytes(message["content"] for messages in sides.values() for message in messages)
         if size < 0:
             break
+    if left_out := bad.left_out():
+        note(f"left out: {left_out}")
     if not rows["text"]:
         chats = rows["chat"] or [{"messages": pair["chosen"]} for pair in rows["preference"]]
         rows["text"] = ["\n".join(message["content"] for message in chat["messages"]) for chat in chats]

@@ -12,7 +12,7 @@ import numpy as np
 
 from minids.data.build import in_holdout, shard_folder
 from minids.data.pack import Sample
-from minids.data.rows import Row
+from minids.data.rows import Row, RowReport
 from minids.data.store import SPLITS, TRAIN
 from minids.errors import InputError
 from minids.tokenizer import Tokenizer
@@ -37,20 +37,28 @@ def write_chat_shards(
     seq_len: int,
     holdout: float = 0.02,
     replace: bool = False,
+    report: RowReport | None = None,
 ) -> dict[str, Any]:
-    """Packs whole conversations into masked shards at `out`; returns the report.
+    """Packs whole conversations into masked shards at `out`; returns what they hold.
 
     A conversation longer than `seq_len` loses its end, and is dropped when no token of an answer is left. The split
     goes by the hash of the rendered conversation; bytes are those of the answers. Rows that are no chats are counted
-    and left out; none left: InputError.
+    and left out, and so, in `report` (that of `read_rows`), are chats that the template refuses; the index keeps both
+    counts. InputError: none left, or a chat template that marks no answers.
     """
+    tokenizer.require_marked_answers()
+    bad = RowReport() if report is None else report
     dropped: dict[str, int] = {}
     with shard_folder(out, tokenizer, seq_len, has_mask=True, cut=False, replace=replace) as builder:
         for row in rows:
             if row.kind != "chat":
                 _count(dropped, f"{row.kind} row")
                 continue
-            ids, written = _encode(tokenizer, row, row.messages)
+            try:
+                ids, written = tokenizer.encode_chat(row.messages, row.tools)
+            except InputError as error:
+                bad.refuse(row.source, row.number, error)
+                continue
             if not any(written[1:seq_len]):
                 _count(dropped, f"no answer within {seq_len} tokens")
                 continue
@@ -59,33 +67,44 @@ def write_chat_shards(
             text_bytes = len(tokenizer.decode_bytes(answers))
             builder.add(sample, text_bytes, in_holdout(_digest(ids), holdout))
         if not builder.report(TRAIN, 0).documents:
-            raise InputError(
-                f"no conversation to train on ({_counts(dropped)}); wanted rows with messages and an answer"
-            )
-        index = builder.finish([{"name": "chat", "weight": None}], dropped=dropped)
+            why = bad.left_out(dropped) or "no rows"
+            raise InputError(f"no conversation to train on ({why}); wanted rows with messages and an answer")
+        index = builder.finish([{"name": "chat", "weight": None}], **bad.facts(dropped))
     return {
         "out": str(out),
         "documents": sum(index["splits"][split]["documents"] for split in SPLITS),
-        "dropped": dropped,
+        **bad.facts(dropped),
         "splits": index["splits"],
     }
 
 
 def preference_samples(
-    rows: Iterable[Row], tokenizer: Tokenizer, seq_len: int, dropped: dict[str, int] | None = None
+    rows: Iterable[Row],
+    tokenizer: Tokenizer,
+    seq_len: int,
+    dropped: dict[str, int] | None = None,
+    report: RowReport | None = None,
 ) -> Iterator[Preference]:
     """The pairs of the preference rows, sequences cut to `seq_len` tokens at the end.
 
     Left out and counted in `dropped`, by reason: other rows, pairs whose prompt leaves no room for an answer, and pairs
-    that are the same after cutting.
+    that are the same after cutting. Left out and counted in `report`: pairs that the chat template refuses. InputError:
+    it marks no answers.
     """
+    tokenizer.require_marked_answers()
     dropped = {} if dropped is None else dropped
+    bad = RowReport() if report is None else report
     for row in rows:
         if row.kind != "preference":
             _count(dropped, f"{row.kind} row")
             continue
-        prompt = _encode(tokenizer, row, row.messages, add_generation_prompt=True)[0]
-        sides = [_answer(*_encode(tokenizer, row, side), len(prompt), seq_len) for side in (row.chosen, row.rejected)]
+        try:
+            prompt = tokenizer.encode_chat(row.messages, row.tools, add_generation_prompt=True)[0]
+            encoded = [tokenizer.encode_chat(side, row.tools) for side in (row.chosen, row.rejected)]
+        except InputError as error:
+            bad.refuse(row.source, row.number, error)
+            continue
+        sides = [_answer(ids, written, len(prompt), seq_len) for ids, written in encoded]
         if not all(side.mask is not None and side.mask.any() for side in sides):
             _count(dropped, f"no answer within {seq_len} tokens")
         elif np.array_equal(sides[0].tokens, sides[1].tokens):
@@ -101,22 +120,9 @@ def _answer(ids: Sequence[int], written: Sequence[bool], prompt: int, seq_len: i
     return Sample(np.array(ids[:seq_len]), mask)
 
 
-def _encode(
-    tokenizer: Tokenizer, row: Row, messages: list[dict[str, Any]], add_generation_prompt: bool = False
-) -> tuple[list[int], list[bool]]:
-    try:
-        return tokenizer.encode_chat(messages, row.tools, add_generation_prompt)
-    except InputError as error:
-        raise InputError(f"{row.source}:{row.number}: {error}") from None
-
-
 def _digest(ids: Sequence[int]) -> int:
     return int.from_bytes(blake2b(np.array(ids, dtype="<u4").tobytes(), digest_size=8).digest(), "little")
 
 
 def _count(counts: dict[str, int], reason: str) -> None:
     counts[reason] = counts.get(reason, 0) + 1
-
-
-def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{number} {reason}" for reason, number in counts.items()) or "no rows"

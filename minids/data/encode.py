@@ -27,11 +27,13 @@ from minids.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Text of pretraining, or a chat as it comes from a Row."""
+    """Text of pretraining, or a chat, and where it is from, all as in a Row."""
 
     text: str | None
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
+    source: str
+    number: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +48,14 @@ class EncodeRules:
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """Documents of a chunk, in order: `examined` without their text; UTF-8 length of the text; tokens uint32 end to end
-    (bos and eos included; none for a dropped document); where each document's end."""
+    (bos and eos included; none for a dropped document); where each document's end; and which documents (from 0) the
+    chat template refuses, and why."""
 
     examined: list[Examined]
     text_bytes: list[int]
     tokens: np.ndarray
     ends: np.ndarray
+    refused: dict[int, str]
 
 
 def encode_documents(documents: list[Document], tokenizer: Tokenizer, rules: EncodeRules) -> Encoded:
@@ -69,6 +73,7 @@ def encode_documents(documents: list[Document], tokenizer: Tokenizer, rules: Enc
         pieces += parts
     encoded = iter(tokenizer.encode_batch(pieces))
     tokens: list[list[int]] = []
+    refused: dict[int, str] = {}
     for number, (document, result, plan) in enumerate(zip(documents, examined, plans, strict=True)):
         ids: list[int] = []
         if plan is not None:
@@ -85,14 +90,15 @@ def encode_documents(documents: list[Document], tokenizer: Tokenizer, rules: Enc
         elif result.text is not None:
             try:
                 ids = tokenizer.encode_chat(_cleaned(document.messages), document.tools)[0]
-            except InputError:
-                examined[number] = Examined(None, "refused by the chat template")
+            except InputError as error:
+                refused[number] = str(error)
         tokens.append(ids)
     return Encoded(
         [dataclasses.replace(result, text=result.text and "") for result in examined],
         [len((result.text or "").encode()) for result in examined],
         np.fromiter(itertools.chain.from_iterable(tokens), np.uint32),
         np.cumsum([len(ids) for ids in tokens]),
+        refused,
     )
 
 

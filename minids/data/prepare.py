@@ -134,16 +134,18 @@ def prepare(
         progress = tqdm(desc="prepare", unit="B", unit_scale=True, disable=None)
         with progress, contextlib.closing(encoded):
             for chunk, result in encoded:
+                _skip_refused(chunk, result, strict, row_report)
                 _admit(builder, cleaner, result, chunk.source, holdout)
                 read += chunk.size
                 progress.update(chunk.size)
                 builder.expected = builder.writer.written * max(input_bytes, read) // max(1, read)
         dropped |= cleaner.counts
-        _check_not_empty(builder, sources, dropped)
+        dropped = dict(sorted(dropped.items()))
+        _check_not_empty(builder, sources, row_report.left_out(dropped) or "none dropped")
         settings = {"fim_rate": fim_rate, "split_rate": split_rate, "holdout": holdout, "seed": seed}
         index = builder.finish(
             [{"name": source.name, "weight": source.weight} for source in sources],
-            dropped=dict(sorted(dropped.items())),
+            dropped=dropped,
             skipped_rows=dict(sorted(row_report.skipped.items())),
             settings=settings,
         )
@@ -152,10 +154,8 @@ def prepare(
     return {
         "out": str(out),
         "rows_read": row_report.rows,
-        "skipped_rows": row_report.skipped,
-        "skipped_examples": row_report.examples,
+        **row_report.facts(dropped),
         "documents": sum(index["splits"][split]["documents"] for split in SPLITS),
-        "dropped": index["dropped"],
         "splits": index["splits"],
         "sources": {source.name: _source_facts(builder, number, source) for number, source in enumerate(sources)},
         "bytes_per_token": round(train["bytes"] / max(1, train["tokens"]), 4),
@@ -179,7 +179,7 @@ def _chunks(sources: list[DataSource], strict: bool, row_report: RowReport, drop
                     raise InputError(f"{row.source}:{row.number}: a {reason}; prepare takes text and chats")
                 dropped[reason] = dropped.get(reason, 0) + 1
                 continue
-            documents.append(Document(row.text, row.messages, row.tools))
+            documents.append(Document(row.text, row.messages, row.tools, row.source, row.number))
             texts = [row.text] if row.text is not None else [message["content"] for message in row.messages]
             size += sum(len(text.encode()) for text in texts)
             if size >= CHUNK_BYTES:
@@ -217,23 +217,31 @@ def _encode(
             pool.shutdown(cancel_futures=True)
 
 
+def _skip_refused(chunk: Chunk, encoded: Encoded, strict: bool, row_report: RowReport) -> None:
+    for number, why in encoded.refused.items():
+        document = chunk.documents[number]
+        if strict:
+            raise InputError(f"{document.source}:{document.number}: {why}")
+        row_report.refuse(document.source, document.number, why)
+
+
 def _admit(builder: ShardBuilder, cleaner: Cleaner, encoded: Encoded, source: int, holdout: float) -> None:
     start = 0
-    for examined, text_bytes, end in zip(encoded.examined, encoded.text_bytes, encoded.ends.tolist(), strict=True):
-        if cleaner.admit(examined) is not None:
+    documents = zip(encoded.examined, encoded.text_bytes, encoded.ends.tolist(), strict=True)
+    for number, (examined, text_bytes, end) in enumerate(documents):
+        if number not in encoded.refused and cleaner.admit(examined) is not None:
             sample = Sample(encoded.tokens[start:end])
             builder.add(sample, text_bytes, in_holdout(examined.digest, holdout), source)
         start = end
 
 
-def _check_not_empty(builder: ShardBuilder, sources: list[DataSource], dropped: dict[str, int]) -> None:
-    counts = ", ".join(f"{number} {reason}" for reason, number in sorted(dropped.items())) or "none dropped"
+def _check_not_empty(builder: ShardBuilder, sources: list[DataSource], left_out: str) -> None:
     empty = [source for number, source in enumerate(sources) if not builder.report(TRAIN, number).documents]
     if len(empty) == len(sources):
-        raise InputError(f"{', '.join(source.name for source in sources)}: no document left to train on ({counts})")
+        raise InputError(f"{', '.join(source.name for source in sources)}: no document left to train on ({left_out})")
     for source in empty:
         if source.weight is not None:
-            raise InputError(f"{source.name}: has a weight but no document left to train on ({counts})")
+            raise InputError(f"{source.name}: has a weight but no document left to train on ({left_out})")
 
 
 def _source_facts(builder: ShardBuilder, number: int, source: DataSource) -> dict[str, Any]:

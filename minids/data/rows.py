@@ -25,7 +25,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -44,6 +44,7 @@ FORMATS = ("jsonl", "ndjson", "json", "csv", "tsv", "parquet", "txt")
 COMPRESSIONS = ("gz", "zst", "bz2", "xz")
 EXAMPLES = 3  # places named per reason in a report
 NOT_UTF8 = "not UTF-8"
+REFUSED = "refused by the chat template"
 CONVERT = "convert it first, for example: iconv -f gb18030 -t utf-8"
 
 Record = tuple[int, dict[str, Any] | BadRow]
@@ -68,6 +69,20 @@ class RowReport:
         places = self.examples.setdefault(reason, [])
         if len(places) < EXAMPLES:
             places.append(example)
+
+    def refuse(self, source: str, number: int, why: object) -> None:
+        """A row that was read, but that the chat template refuses."""
+        self.skip(REFUSED, f"{source}:{number}: {why}")
+
+    def left_out(self, dropped: Mapping[str, int] | None = None) -> str:
+        """In words, "" for nothing: `dropped` (rows of no use, by reason) and bad rows with the place of the first."""
+        counts = ", ".join(f"{number} {reason}" for reason, number in {**(dropped or {}), **self.skipped}.items())
+        first = next(iter(self.examples.values()), None)
+        return f"{counts}; first bad row: {first[0]}" if first else counts
+
+    def facts(self, dropped: Mapping[str, int]) -> dict[str, Any]:
+        """What a command's result says about the rows it did not use."""
+        return {"dropped": dropped, "skipped_rows": self.skipped, "skipped_examples": self.examples}
 
     def merge(self, other: RowReport) -> None:
         """Adds another report's counts to this one."""
@@ -150,10 +165,8 @@ def _file_rows(path: Path, strict: bool, report: RowReport) -> Iterator[Row]:
         report.count(row)
         yield row
     if not here.rows:
-        counts = ", ".join(f"{number} {reason}" for reason, number in here.skipped.items())
-        first = next(iter(here.examples.values()))[0] if here.examples else "it has no rows"
         hint = f"; {CONVERT}" if NOT_UTF8 in here.skipped else ""
-        raise InputError(f"{path}: no usable row ({counts + '; first: ' if counts else ''}{first}){hint}")
+        raise InputError(f"{path}: no usable row ({here.left_out() or 'it has no rows'}){hint}")
 
 
 def _endings() -> str:

@@ -106,15 +106,21 @@ def shared_prefix(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
     return index
 
 
+def _parsed(text: str) -> Any:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = ast.literal_eval(text.strip())
+    json.dumps(value, ensure_ascii=False).encode()  # raises for what no JSON file could hold: bytes, lone surrogates
+    return value
+
+
 def _literal(value: str, column: str) -> Any:
     """A list written as JSON or as Python literals (old csv files); never evaluated."""
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        try:
-            return ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            raise BadRow("bad value", f"{column}: wanted a list in JSON or Python form, got {value[:60]!r}") from None
+        return _parsed(value)
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        raise BadRow("bad value", f"{column}: wanted a list in JSON or Python form, got {value[:60]!r}") from None
 
 
 def _string(record: dict[str, Any], column: str, default: str | None = None) -> str:

@@ -11,11 +11,12 @@ import numpy as np
 
 from minids.data.loader import Batch
 from minids.data.pack import Sample
-from minids.data.rows import Row, read_rows
+from minids.data.rows import REFUSED, Row, RowReport, read_rows
 from minids.errors import InputError
 from minids.loading import load
 from minids.precision import autocast, pick_dtype
 from minids.tokenizer import Tokenizer
+from minids.train.log import note
 from minids.train.loop import pick_device
 from minids.train.measure import join, likelihood, token_bytes
 
@@ -28,17 +29,25 @@ def _windows(ids: list[int], mask: list[bool], seq_len: int) -> Iterator[Sample]
         yield Sample(np.array(ids[piece]), np.array(mask[piece], dtype=bool))
 
 
-def _samples(rows: Iterable[Row], tokenizer: Tokenizer, seq_len: int, counts: dict[str, int]) -> Iterator[Sample]:
+def _samples(
+    rows: Iterable[Row], tokenizer: Tokenizer, seq_len: int, dropped: dict[str, int], report: RowReport
+) -> Iterator[Sample]:
+    """Rows of other kinds are counted in `dropped`, chats that the template refuses in `report`."""
     for row in rows:
         if row.kind == "text" and row.text is not None:
             ids = tokenizer.encode(row.text, add_bos=True, add_eos=True)
             mask = [True] * len(ids)
         elif row.kind == "chat":
-            ids, mask = tokenizer.encode_chat(row.messages, row.tools)
+            tokenizer.require_marked_answers()
+            try:
+                ids, mask = tokenizer.encode_chat(row.messages, row.tools)
+            except InputError as error:
+                report.refuse(row.source, row.number, error)
+                continue
         else:
-            counts["skipped"] += 1
+            reason = f"{row.kind} row"
+            dropped[reason] = dropped.get(reason, 0) + 1
             continue
-        counts["rows"] += 1
         yield from _windows(ids, mask, seq_len)
 
 
@@ -68,8 +77,9 @@ def bits_per_byte(
 
     seq_len: longest context (None: the model's maximum, at most 2048); longer texts are measured in pieces of it. A
     batch holds batch_size * seq_len tokens. Returns {"bits_per_byte", "nll" (nats per token), "perplexity", "tokens",
-    "bytes", "rows", "skipped" (rows of other kinds)}. Raises InputError for unusable files, or a seq_len the model does
-    not take.
+    "bytes", "rows" (measured), "dropped" (rows of other kinds), "skipped_rows" and "skipped_examples" (bad rows, by
+    reason)}. Raises InputError for unusable files, a seq_len the model does not take, or conversations and a chat
+    template that marks no answers.
     """
     where = pick_device(device)
     model, tokenizer = load(path, device=where)
@@ -77,11 +87,18 @@ def bits_per_byte(
     length = min(longest, 2048) if seq_len is None else seq_len
     if not 2 <= length <= longest:
         raise InputError(f"--seq-len: got {length}, wanted 2 to {longest}, the longest the model in {path} takes")
-    counts = {"rows": 0, "skipped": 0}
-    samples = _samples(read_rows(files), tokenizer, length, counts)
+    dropped: dict[str, int] = {}
+    report = RowReport()
+    samples = _samples(read_rows(files, report=report), tokenizer, length, dropped, report)
     with autocast(where, pick_dtype(dtype, where)):
         batches = _batches(samples, batch_size * length, length, tokenizer.pad_id)
         values = likelihood(model, batches, token_bytes(tokenizer))
+    left_out = report.left_out(dropped)
     if "nll" not in values:
-        raise InputError(f"{', '.join(map(str, files))}: no text and no assistant's answer to measure")
-    return {**values, "perplexity": math.exp(min(values["nll"], 700.0)), **counts}
+        why = f" (left out: {left_out})" if left_out else ""
+        raise InputError(f"{', '.join(map(str, files))}: no text and no assistant's answer to measure{why}")
+    if left_out:
+        note(f"left out: {left_out}")
+    measured = report.rows - sum(dropped.values()) - report.skipped.get(REFUSED, 0)
+    perplexity = math.exp(min(values["nll"], 700.0))
+    return {**values, "perplexity": perplexity, "rows": measured, **report.facts(dropped)}

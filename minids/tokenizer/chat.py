@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import functools
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -107,6 +108,10 @@ def unused_characters(text: str, count: int) -> list[str]:
     """The first `count` characters for private use (Unicode planes 15 and 16) that `text` does not hold."""
     unused = (chr(code) for code in range(0xF0000, 0x10FFFE) if chr(code) not in text)
     return [next(unused) for _ in range(count)]
+
+
+# how transformers looks for the block, too
+GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 class _Generation(jinja2.ext.Extension):

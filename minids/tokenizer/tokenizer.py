@@ -19,12 +19,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
-import jinja2
 import tokenizers
 
 from minids.errors import InputError
 from minids.files import atomic_write, read_json, write_json
-from minids.tokenizer.chat import Messages, Tools, compile_template, map_strings, normalise, unused_characters
+from minids.tokenizer.chat import (
+    GENERATION,
+    Messages,
+    Tools,
+    compile_template,
+    map_strings,
+    normalise,
+    unused_characters,
+)
 
 BOS, EOS, PAD, UNK = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>", "<｜unk｜>"
 FIM_BEGIN, FIM_HOLE, FIM_END = "<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"
@@ -307,6 +314,16 @@ class Tokenizer:
             mask += [written] * (len(ids) - len(mask))
         return ids, mask
 
+    def require_marked_answers(self) -> None:
+        """InputError unless the chat template marks what the assistant writes: else `encode_chat` finds no answers."""
+        if not GENERATION.search(self._template):
+            raise InputError(
+                f"{self._source}: its chat template marks no answers with {{% generation %}}, so nothing would count "
+                f"as one; enclose what it writes for the assistant, the token that ends the turn included, in "
+                f"{{% generation %}} and {{% endgeneration %}} (chat_template in tokenizer_config.json, or "
+                f"chat_template.jinja, in the same folder)"
+            )
+
     def _guard(self, value: Any, guard: str, own: tuple[str, ...] = ()) -> Any:
         """`value` with `guard` after every character of the special tokens, `own` excepted, spelled in its strings."""
 
@@ -331,9 +348,10 @@ class Tokenizer:
     def _render(
         self, messages: Messages, tools: Tools | None, add_generation_prompt: bool, marks: tuple[str, str] = ("", "")
     ) -> str:
+        template = self._template
         named = {f"{role}_token": self.role_token(role) for role in ("bos", "eos", "pad", "unk")}
         try:
-            return compile_template(self._template).render(
+            return compile_template(template).render(
                 {name: token for name, token in named.items() if token is not None},
                 messages=messages,
                 tools=tools,
@@ -341,5 +359,5 @@ class Tokenizer:
                 add_generation_prompt=add_generation_prompt,
                 generation_marks=marks,
             )
-        except (jinja2.TemplateError, TypeError) as error:
+        except Exception as error:  # a template is a program: besides TemplateError, whatever its expressions raise
             raise InputError(f"chat: the template refuses these messages ({error})") from None

@@ -38,15 +38,17 @@ def train_tokenizer(
 ) -> dict[str, Any]:
     """Trains on the text of row files (any shape `read_rows` knows; chats by their contents) and saves to folder `out`.
 
-    See `train_from_texts` for the rest and the report. Raises InputError, also when `out` exists and is not empty.
+    See `train_from_texts` for the rest and the report, to which bad rows are added (skipped_rows, skipped_examples).
+    Raises InputError, also when `out` exists and is not empty.
     """
-    from minids.data.rows import read_rows  # minids.data imports this package
+    from minids.data.rows import RowReport, read_rows  # minids.data imports this package
 
-    texts = (text for row in read_rows(files) for text in _row_texts(row))
+    bad = RowReport()
+    texts = (text for row in read_rows(files, report=bad) for text in _row_texts(row))
     with atomic_directory(out) as folder:  # fails on an existing `out` before the work, not after
         tokenizer, report = train_from_texts(texts, vocab_size, like, sample_bytes, seed)
         tokenizer.save(folder)
-    return {"out": str(out), **report}
+    return {"out": str(out), **report, "skipped_rows": bad.skipped, "skipped_examples": bad.examples}
 
 
 def train_from_texts(

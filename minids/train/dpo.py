@@ -9,6 +9,7 @@ computed once and kept. MTP modules and expert biases stay as they are.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from minids.config import DPOConfig, TrainConfig
 from minids.data.chat import preference_samples
 from minids.data.loader import Batch, permuted
 from minids.data.pack import Sample
-from minids.data.rows import Row, read_rows
+from minids.data.rows import Row, RowReport, read_rows
 from minids.device import queue_copy
 from minids.errors import InputError
 from minids.files import atomic_write, sha256
@@ -39,19 +40,29 @@ from minids.train.measure import join
 from minids.train.run import absolute, open_base, open_run, steps_for
 
 PAIRS, REFERENCE = "pairs.safetensors", "reference.safetensors"
+LEFT_OUT = "left_out"  # in the metadata of PAIRS: the only key, as safetensors writes several in any order
 
 
-def write_pairs(rows: Iterable[Row], tokenizer: Tokenizer, out: Path, seq_len: int, holdout: float) -> dict[str, int]:
+def write_pairs(
+    rows: Iterable[Row],
+    tokenizer: Tokenizer,
+    out: Path,
+    seq_len: int,
+    holdout: float,
+    report: RowReport | None = None,
+) -> dict[str, int]:
     """Preference rows as tokens in `out` (pairs.safetensors); returns how many were left out, by reason. Of the prompts
-    the share `holdout`, chosen by hash and at least one, is held out with all its pairs.
+    the share `holdout`, chosen by hash and at least one, is held out with all its pairs. `report`: that of `read_rows`,
+    which pairs that the chat template refuses are added to.
 
-    InputError when fewer than two prompts have a usable pair.
+    InputError when fewer than two prompts have a usable pair, or the chat template marks no answers.
     """
+    bad = RowReport() if report is None else report
     dropped: dict[str, int] = {}
-    found = list(preference_samples(rows, tokenizer, seq_len, dropped))
+    found = list(preference_samples(rows, tokenizer, seq_len, dropped, bad))
     prompts = sorted({pair.digest for pair in found})
     if len(prompts) < 2:
-        why = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
+        why = bad.left_out(dropped) or "none"
         raise InputError(
             f"--data: usable preference pairs of {len(prompts)} prompts, wanted 2 or more (left out: {why})"
         )
@@ -64,12 +75,13 @@ def write_pairs(rows: Iterable[Row], tokenizer: Tokenizer, out: Path, seq_len: i
         "held_out": torch.tensor([pair.digest in kept for pair in found]),
     }
     out.mkdir(parents=True, exist_ok=True)
-    atomic_write(out / PAIRS, save(tensors))
+    atomic_write(out / PAIRS, save(tensors, metadata={LEFT_OUT: json.dumps(bad.facts(dropped))}))
     return dropped
 
 
 class Pairs:
-    """The pairs that `write_pairs` wrote: document 2 i is pair i's chosen conversation, 2 i + 1 the rejected one."""
+    """The pairs that `write_pairs` wrote: document 2 i is pair i's chosen conversation, 2 i + 1 the rejected one.
+    `left_out`: which rows it did not use."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / PAIRS
@@ -77,6 +89,8 @@ class Pairs:
             raise InputError(f"{self.path}: missing, so this run cannot be resumed; start a new one")
         try:
             tensors = load_file(self.path)
+            with safe_open(self.path, "pt") as file:
+                self.left_out: dict[str, Any] = json.loads((file.metadata() or {}).get(LEFT_OUT, "{}"))
         except SafetensorError as error:
             raise InputError(f"{self.path}: damaged ({error}); start a new run") from None
         self.fingerprint = sha256(self.path)
@@ -237,7 +251,12 @@ class PreferenceTask:
         self.position = state["position"]
 
     def summary(self) -> list[str]:
-        return [f"data: {len(self.pairs.train)} pairs to train on, {len(self.pairs.held_out)} held out"]
+        counts = {**self.pairs.left_out.get("dropped", {}), **self.pairs.left_out.get("skipped_rows", {})}
+        left_out = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+        return [
+            f"data: {len(self.pairs.train)} pairs to train on, {len(self.pairs.held_out)} held out"
+            + (f"; left out: {left_out}" if left_out else "")
+        ]
 
     def next_commands(self, out: Path) -> list[str]:
         return [f"minids chat {out}", f"minids export {out} --to hf --out {out}-hf"]
@@ -256,7 +275,8 @@ def dpo(config: DPOConfig, resume: bool = False) -> dict[str, Any]:
     """Trains the model `config.base` on the preference pairs in `config.data` into the run folder `config.out`.
 
     Pairs and the reference's log-probabilities are kept in out/data, from which a resumed run continues. Returns
-    `loop.train`'s dict (`before` and `after`: see PreferenceTask.evaluate); raises InputError and Interrupted.
+    `loop.train`'s dict (`before` and `after`: see PreferenceTask.evaluate) and which rows were left out; raises
+    InputError and Interrupted.
     """
     if not config.data:
         raise InputError("--data: not given; name files of preference pairs")
@@ -272,9 +292,11 @@ def dpo(config: DPOConfig, resume: bool = False) -> dict[str, Any]:
         base.tokenizer.save(run.out / "tokenizer")
         data = run.out / "data"
         if run.checkpoint is None:
-            dropped = write_pairs(read_rows(config.data), base.tokenizer, data, base.seq_len, config.holdout)
-            if dropped:
-                note("left out: " + ", ".join(f"{count} {reason}" for reason, count in dropped.items()))
+            report = RowReport()
+            rows = read_rows(config.data, report=report)
+            dropped = write_pairs(rows, base.tokenizer, data, base.seq_len, config.holdout, report)
+            if left_out := report.left_out(dropped):
+                note(f"left out: {left_out}")
         pairs = Pairs(data)
         settings = steps_for(config.train, config.epochs, len(pairs.train))
         torch.manual_seed(settings.seed)
@@ -291,4 +313,4 @@ def dpo(config: DPOConfig, resume: bool = False) -> dict[str, Any]:
                 task.compute_reference(model)
                 task.save_reference(data / REFERENCE, key)
         task.load_reference(data / REFERENCE)
-        return train(task, model, settings, config, run)
+        return train(task, model, settings, config, run) | pairs.left_out

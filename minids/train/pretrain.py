@@ -95,10 +95,11 @@ class LanguageModelTask:
 
     def summary(self) -> list[str]:
         counts = ", ".join(f"{self.shards.rows(split)} rows {split}" for split in (TRAIN, HOLDOUT))
-        dropped = ", ".join(f"{count} {reason}" for reason, count in self.shards.index.get("dropped", {}).items())
+        unused = {**self.shards.index.get("dropped", {}), **self.shards.index.get("skipped_rows", {})}
+        left_out = ", ".join(f"{count} {reason}" for reason, count in unused.items())
         return [
             f"data: {self.shards.path}, {counts} of {self.seq_len} tokens"
-            + (f"; left out: {dropped}" if dropped else "")
+            + (f"; left out: {left_out}" if left_out else "")
         ]
 
     def next_commands(self, out: Path) -> list[str]:

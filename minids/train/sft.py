@@ -8,9 +8,10 @@ import torch
 
 from minids.config import SFTConfig
 from minids.data.chat import write_chat_shards
-from minids.data.rows import read_rows
+from minids.data.rows import RowReport, read_rows
 from minids.data.store import TRAIN, TokenShards
 from minids.errors import InputError
+from minids.train.log import note
 from minids.train.loop import pick_device, train
 from minids.train.pretrain import LanguageModelTask
 from minids.train.run import absolute, open_base, open_run, steps_for
@@ -21,7 +22,7 @@ def sft(config: SFTConfig, resume: bool = False) -> dict[str, Any]:
 
     Conversations are packed whole into rows, attend only to themselves, and are written once to out/data, from which a
     resumed run continues: it needs neither the row files nor the base run any more. Returns `loop.train`'s dict
-    (held-out loss before and after); raises InputError and Interrupted.
+    (held-out loss before and after) and which rows were left out; raises InputError and Interrupted.
     """
     if not config.data:
         raise InputError("--data: not given; name files of conversations")
@@ -33,10 +34,16 @@ def sft(config: SFTConfig, resume: bool = False) -> dict[str, Any]:
         data = run.out / "data"
         if run.checkpoint is None:
             # replace: what a start that was killed before its first checkpoint may have left
-            write_chat_shards(read_rows(config.data), base.tokenizer, data, base.seq_len, config.holdout, replace=True)
+            report = RowReport()
+            rows = read_rows(config.data, report=report)
+            head = (rows, base.tokenizer, data, base.seq_len, config.holdout)
+            written = write_chat_shards(*head, replace=True, report=report)
+            if left_out := report.left_out(written["dropped"]):
+                note(f"left out: {left_out}")
         shards = TokenShards(data)
+        facts = {name: shards.index.get(name, {}) for name in ("dropped", "skipped_rows", "skipped_examples")}
         shards.require(base.tokenizer.fingerprint, base.model.vocab_size, base.model.max_position_embeddings)
         settings = steps_for(config.train, config.epochs, shards.rows(TRAIN))
         torch.manual_seed(settings.seed)
         task = LanguageModelTask("sft", shards, base.tokenizer, settings)
-        return train(task, base.load(device), settings, config, run)
+        return train(task, base.load(device), settings, config, run) | facts

@@ -8,6 +8,7 @@ import pytest
 from minids.data.build import in_holdout
 from minids.data.chat import preference_samples, write_chat_shards
 from minids.data.loader import IGNORED, Loader, eval_batches
+from minids.data.rows import RowReport
 from minids.data.shapes import Row, as_row
 from minids.data.store import HOLDOUT, TRAIN, TokenShards
 from minids.errors import InputError
@@ -81,10 +82,29 @@ def test_no_chat_at_all_is_an_error_and_leaves_nothing(tmp_path, tokenizer):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_chat_the_template_refuses_is_named(tmp_path, tokenizer):
-    row = Row(kind="chat", messages=[{"role": "critic", "content": "x"}], source="a.jsonl", number=7)
-    with pytest.raises(InputError, match=r"a\.jsonl:7: chat: .*critic"):
-        write_chat_shards([row], tokenizer, tmp_path / "out", 64)
+def test_a_chat_the_template_refuses_is_a_bad_row(tmp_path, tokenizer):
+    refused = Row(kind="chat", messages=[{"role": "critic", "content": "x"}], source="a.jsonl", number=7)
+    report = RowReport()
+    result = write_chat_shards([chat(1), refused, chat(2)], tokenizer, tmp_path / "out", 64, 0, report=report)
+    assert result["documents"] == 2
+    assert result["skipped_rows"] == report.skipped == {"refused by the chat template": 1}
+    (place,) = result["skipped_examples"]["refused by the chat template"]
+    assert place.startswith("a.jsonl:7: chat: ") and "critic" in place
+    index = TokenShards(tmp_path / "out").index
+    assert (index["skipped_rows"], index["skipped_examples"]) == (report.skipped, report.examples)
+    with pytest.raises(InputError, match=r"to train on \(1 refused by .*; first bad row: a\.jsonl:7: chat: .*critic"):
+        write_chat_shards([refused], tokenizer, tmp_path / "none", 64)
+
+
+def test_a_template_that_marks_no_answers_is_named(tmp_path, tokenizer):
+    wordless = {"chat_template": "{% for m in messages %}{{ m.content }}{# {% generations %} #}{% endfor %}"}
+    unmarked = Tokenizer(tokenizer._definition, tokenizer.config | wordless, "some/tokenizer")
+    match = r"some/tokenizer: its chat template marks no answers with \{% generation %\}.*tokenizer_config.json"
+    with pytest.raises(InputError, match=match):
+        write_chat_shards([chat(1)], unmarked, tmp_path / "out", 64)
+    with pytest.raises(InputError, match=match):
+        list(preference_samples([pair("q", "yes", "no")], unmarked, 64))
+    assert list(tmp_path.iterdir()) == []
 
 
 def pair(prompt: str, chosen: str, rejected: str) -> Row:
@@ -117,6 +137,16 @@ def test_pairs_that_do_not_fit_are_counted(tokenizer):
     (sample,) = preference_samples(rows, tokenizer, 48, dropped)
     assert dropped == {"no answer within 48 tokens": 1, "same within 48 tokens": 1, "chat row": 1}
     assert len(sample.chosen.tokens) == 48 and len(sample.rejected.tokens) < 48
+
+
+def test_pairs_the_template_refuses_are_bad_rows(tokenizer):
+    nameless = {"role": "assistant", "content": "", "tool_calls": [{"arguments": {}}]}
+    refused = as_row({"prompt": "q", "chosen": [nameless], "rejected": "no"}, "a.jsonl", 7)
+    report = RowReport()
+    (sample,) = preference_samples([refused, pair("q", "yes", "no")], tokenizer, 48, report=report)
+    assert tokenizer.decode(sample.chosen.tokens[sample.chosen.mask]) == "yes"
+    assert report.skipped == {"refused by the chat template": 1}
+    assert report.examples["refused by the chat template"][0].startswith("a.jsonl:7: chat: ")
 
 
 def test_pairs_of_one_prompt_fall_on_one_side(tokenizer):

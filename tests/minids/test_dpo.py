@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -227,6 +228,37 @@ def test_pairs_of_one_prompt_stay_on_one_side(folder, tmp_path):
     assert len(held_out) == 3 and len(pairs.held_out) == 9 and len(pairs) == 30
     assert not held_out & {number % 10 for number in pairs.train}
     assert sum(dropped.values()) == 1
+
+
+def test_bad_rows_are_counted_and_named(folder, tmp_path, capsys):
+    """...and a resumed run, which reads no rows, still tells of them."""
+    refused = {"prompt": "q", "chosen": tiny.refused_chat()["messages"][1:], "rejected": "no"}
+    lines = [json.dumps(row) for row in [*tiny.preferences(8), refused, *tiny.chats(1)]]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join([*lines[:4], '{"cut', *lines[4:]]) + "\n")
+    config = tiny.dpo_config(folder, "", "base", steps=1)
+    config.data, config.out = [str(file)], str(tmp_path / "run")
+    for result in (dpo(config), dpo(config, resume=True)):
+        assert result["dropped"] == {"chat row": 1}
+        assert result["skipped_rows"] == {"not valid JSON": 1, "refused by the chat template": 1}
+        places = {reason: found[0] for reason, found in result["skipped_examples"].items()}
+        assert places["not valid JSON"].startswith(f"{file}:5: not valid JSON")
+        assert places["refused by the chat template"].startswith(f"{file}:10: chat: the template refuses")
+    left_out = "left out: 1 chat row, 1 not valid JSON, 1 refused by the chat template"
+    assert capsys.readouterr().err.count(f"{left_out}; first bad row: {file}:5: not valid JSON") == 1
+    assert left_out in Path(result["report"]).read_text()
+
+
+def test_a_template_that_marks_no_answers_is_named(folder, tmp_path):
+    shutil.copytree(folder / "base", tmp_path / "base")
+    tiny.unmark_answers(tmp_path / "base")
+    config = tiny.dpo_config(folder, "", "base")
+    config.base, config.out = str(tmp_path / "base"), str(tmp_path / "run")
+    with pytest.raises(
+        InputError, match=r"base/tokenizer/tokenizer.json: its chat template marks no answers with \{% generation %\}"
+    ):
+        dpo(config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_every_pair_is_seen_once_an_epoch(folder):

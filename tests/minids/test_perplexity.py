@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -45,7 +47,7 @@ def test_texts_are_measured_by_their_bytes(folder, tmp_path):
     assert result["bytes"] == sum(len(text.encode()) for text in texts)
     assert result["bits_per_byte"] == pytest.approx(expected / math.log(2) / result["bytes"], rel=1e-5)
     assert result["perplexity"] == pytest.approx(math.exp(expected / result["tokens"]), rel=1e-5)
-    assert (result["rows"], result["skipped"]) == (3, 0)
+    assert (result["rows"], result["dropped"]) == (3, {})
 
 
 def test_batches_do_not_matter(folder):
@@ -54,7 +56,8 @@ def test_batches_do_not_matter(folder):
         bits_per_byte(folder / "run", [file], seq_len=128, batch_size=size, dtype="fp32", device="cpu")
         for size in (1, 7)
     ]
-    assert results[0] == pytest.approx(results[1], rel=1e-5)
+    one, seven = ({key: value for key, value in result.items() if value != {}} for result in results)
+    assert one == pytest.approx(seven, rel=1e-5)
     assert results[0]["bytes"] == sum(len(text.encode()) for text in tiny.TEXTS)
 
 
@@ -66,7 +69,35 @@ def test_conversations_are_measured_by_the_answers(folder, tmp_path):
     result = bits_per_byte(folder / "run", [file], dtype="fp32", device="cpu")
     assert result["bytes"] == len("It is 3.")
     assert result["nll"] == pytest.approx(nats(model, ids, mask) / sum(mask), rel=1e-5)
-    assert (result["rows"], result["skipped"]) == (1, 1)
+    assert (result["rows"], result["dropped"]) == (1, {"preference row": 1})
+
+
+def test_bad_rows_are_counted_and_named(folder, tmp_path, capsys):
+    lines = [json.dumps(row) for row in [{"text": "The red fox."}, tiny.refused_chat(), *tiny.preferences(1)]]
+    file = tmp_path / "mixed.jsonl"
+    file.write_text("\n".join([lines[0], '{"cut', *lines[1:]]) + "\n")
+    result = bits_per_byte(folder / "run", [str(file)], dtype="fp32", device="cpu")
+    assert (result["rows"], result["dropped"]) == (1, {"preference row": 1})
+    assert result["skipped_rows"] == {"not valid JSON": 1, "refused by the chat template": 1}
+    assert result["skipped_examples"]["not valid JSON"][0].startswith(f"{file}:2: not valid JSON")
+    assert result["skipped_examples"]["refused by the chat template"][0].startswith(f"{file}:3: chat: ")
+    assert f"refused by the chat template; first bad row: {file}:2: not valid JSON" in capsys.readouterr().err
+    alone = tiny.write_rows(tmp_path / "refused.jsonl", [tiny.refused_chat()])
+    with pytest.raises(
+        InputError, match=r"answer to measure \(left out: 1 refused by the chat template; first bad row: "
+    ):
+        bits_per_byte(folder / "run", [alone])
+
+
+def test_a_template_that_marks_no_answers_is_named(folder, tmp_path):
+    shutil.copytree(folder / "run", tmp_path / "run")
+    tiny.unmark_answers(tmp_path / "run")
+    file = tiny.write_rows(tmp_path / "chats.jsonl", tiny.chats(2))
+    with pytest.raises(
+        InputError, match=r"run/tokenizer/tokenizer.json: its chat template marks no answers with \{% generation %\}"
+    ):
+        bits_per_byte(tmp_path / "run", [file])
+    assert bits_per_byte(tmp_path / "run", [str(folder / "text.jsonl")], dtype="fp32")["rows"] == len(tiny.TEXTS)
 
 
 @given(st.integers(1, 60), st.integers(2, 20))

@@ -230,6 +230,25 @@ def test_bad_input_leaves_nothing_behind(tmp_path, corpus, tokenizer):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
+def test_a_chat_the_template_refuses_is_a_bad_row(tmp_path, corpus, tokenizer, workers):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"arguments": {}}]}
+    chat = {"messages": [{"role": "user", "content": "call something, whatever it is"}, call]}
+    bad = tmp_path / "data" / "d.jsonl"
+    bad.write_text(json.dumps({"text": "long enough to be kept, this one"}) + "\n" + json.dumps(chat) + "\n")
+    report = prepare([bad, corpus[2]], tokenizer, tmp_path / "out", workers=workers, holdout=0)
+    assert report["documents"] == 51 and "refused by the chat template" not in report["dropped"]
+    assert report["skipped_rows"] == {"refused by the chat template": 1}
+    (place,) = report["skipped_examples"]["refused by the chat template"]
+    assert place.startswith(f"{bad}:2: chat: the template refuses")
+    with pytest.raises(InputError, match=r"d\.jsonl:2: chat: the template refuses"):
+        prepare([bad, corpus[2]], tokenizer, tmp_path / "strict", workers=workers, strict=True)
+    assert not (tmp_path / "strict").exists()
+    bad.write_text(json.dumps(chat) + "\n")
+    with pytest.raises(InputError, match=r"no document left to train on \(1 refused .*; first bad row: .*d\.jsonl:1: "):
+        prepare([bad], tokenizer, tmp_path / "none", workers=workers)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_full_disk_is_one_clear_line(tmp_path, corpus, tokenizer, monkeypatch, workers):
     class FullDisk(io.BytesIO):
         def write(self, data):

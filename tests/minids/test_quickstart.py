@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
 
 import pytest
 
@@ -232,3 +233,10 @@ def test_too_little_text_is_said(small, tmp_path):
     (tmp_path / "mine.txt").write_text("Two lines.\n\nOf text.\n")
     with pytest.raises(InputError, match="bytes of text are too few to hold any of them out"):
         quickstart.quickstart(tmp_path / "q", data=[str(tmp_path / "mine.txt")], minutes=0.001)
+
+
+def test_bad_rows_of_the_user_are_told(small, tmp_path, capsys):
+    (tmp_path / "mine.jsonl").write_text('{"text": "One."}\n{"text": \n' + '{"text": "Two, much longer."}\n' * 3)
+    (tmp_path / "data").mkdir()
+    quickstart.write_data(tmp_path / "data", [str(tmp_path / "mine.jsonl")], minutes=0.001)
+    assert re.search(r"left out: 1 not valid JSON; first bad row: .*mine\.jsonl:2: ", capsys.readouterr().err)

@@ -215,6 +215,21 @@ def test_old_minimind_csv(tmp_path: Path) -> None:
     assert report.skipped == {"bad value": 1} and "x.csv:5: history: wanted a list" in report.examples["bad value"][0]
 
 
+@pytest.mark.parametrize(
+    "cell", ["{{}}", "{[1]}", "[{[]: 1}]", "[[b'a', 'b']]", "[{(1, 2): 3}]", "['\\ud800']", '["\\ud83d"]']
+)
+@pytest.mark.parametrize("column", ["history", "messages"])
+def test_literals_that_no_json_could_hold_are_bad_rows(tmp_path: Path, column: str, cell: str) -> None:
+    answers = ["q", "a"] if column == "history" else []
+    with open(tmp_path / "x.csv", "w", encoding="utf-8", newline="") as file:
+        good = "[]" if column == "history" else json.dumps(CHAT)
+        csv.writer(file).writerows([[column, *answers], [good, *answers], [cell, *answers]])
+    report = RowReport()
+    assert len(list(read_rows(tmp_path / "x.csv", report=report))) == 1
+    assert report.skipped == {"bad value": 1}
+    assert f"x.csv:3: {column}: wanted a list in JSON or Python form, got" in report.examples["bad value"][0]
+
+
 def test_prompts_keep_their_columns(tmp_path: Path) -> None:
     empty_answer = only(tmp_path, {"conversations": [CHAT[0], {"role": "assistant", "content": ""}], "gt": ["2"]})
     assert (empty_answer.kind, empty_answer.messages, empty_answer.columns) == ("prompt", CHAT[:1], {"gt": ["2"]})
@@ -335,7 +350,7 @@ def test_wrong_columns(tmp_path: Path) -> None:
         ("x.jsonl", b"\n\n", "no usable row"),
         ("x.csv", b"text\n", "no usable row"),
         ("x.json", b"[]", "no usable row"),
-        ("x.jsonl", b"{\n}\n", "no usable row (2 not valid JSON; first: "),
+        ("x.jsonl", b"{\n}\n", "no usable row (2 not valid JSON; first bad row: "),
         ("x.csv", "text\n你好\n".encode("gb18030"), "iconv -f gb18030 -t utf-8"),
         ("x.txt", "你好\n".encode("gb18030"), "iconv -f gb18030 -t utf-8"),
         ("x.csv", "text\n你好\n".encode("utf-16"), "UTF-16; wanted UTF-8"),

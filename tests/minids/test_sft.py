@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -135,6 +136,35 @@ def test_rows_without_conversations_are_refused(folder, tmp_path):
     config.data, config.out = [str(folder / "text.jsonl")], str(tmp_path / "run")
     with pytest.raises(InputError, match="no conversation to train on"):
         sft(config)
+
+
+def test_bad_rows_are_counted_and_named(folder, tmp_path, capsys):
+    """...and a resumed run, which reads no rows, still tells of them."""
+    file = tmp_path / "chats.jsonl"
+    lines = [json.dumps(row) for row in [*tiny.chats(20), tiny.refused_chat(), {"text": "no chat"}]]
+    file.write_text("\n".join([*lines[:4], '{"cut', *lines[4:]]) + "\n")
+    config = tiny.sft_config(folder, "", "base", steps=1)
+    config.data, config.out = [str(file)], str(tmp_path / "run")
+    for result in (sft(config), sft(config, resume=True)):
+        assert result["dropped"] == {"text row": 1}
+        assert result["skipped_rows"] == {"not valid JSON": 1, "refused by the chat template": 1}
+        places = {reason: found[0] for reason, found in result["skipped_examples"].items()}
+        assert places["not valid JSON"].startswith(f"{file}:5: not valid JSON")
+        assert places["refused by the chat template"].startswith(f"{file}:22: chat: the template refuses")
+    left_out = "left out: 1 text row, 1 not valid JSON, 1 refused by the chat template; first bad row: "
+    assert capsys.readouterr().err.count(f"{left_out}{file}:5: not valid JSON") == 1
+
+
+def test_a_template_that_marks_no_answers_is_named(folder, tmp_path):
+    shutil.copytree(folder / "base", tmp_path / "base")
+    tiny.unmark_answers(tmp_path / "base")
+    config = tiny.sft_config(folder, "", "base")
+    config.base, config.out = str(tmp_path / "base"), str(tmp_path / "run")
+    with pytest.raises(
+        InputError, match=r"base/tokenizer/tokenizer.json: its chat template marks no answers with \{% generation %\}"
+    ):
+        sft(config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_changed_data_is_refused_by_name(folder, tmp_path, monkeypatch):

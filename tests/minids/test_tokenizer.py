@@ -325,6 +325,13 @@ def test_bad_chats(tokenizer: Tokenizer, chat: list, said: str) -> None:
             call(chat)
 
 
+@pytest.mark.parametrize("expression", ["''.split('')", "messages[3].role.x", "1 // 0", "{}.pop('x')", "'x' + 1"])
+def test_whatever_a_template_raises_is_its_refusal(tokenizer: Tokenizer, expression: str) -> None:
+    other = Tokenizer(tokenizer._definition, tokenizer.config | {"chat_template": f"{{{{ {expression} }}}}"})
+    with pytest.raises(InputError, match="chat: the template refuses these messages"):
+        other.encode_chat(CHATS[0][:1])
+
+
 def test_no_chat_template(tokenizer: Tokenizer) -> None:
     with pytest.raises(InputError, match="no chat template"):
         Tokenizer(tokenizer._definition, {}).render_chat(CHATS[0])
@@ -375,9 +382,13 @@ def test_train_on_files(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     chat = {"messages": [{"role": "user", "content": "zyzzyva " * 50}, {"role": "assistant", "content": "qoph " * 50}]}
     rows.write_text("".join(json.dumps(row) + "\n" for row in [*({"text": text} for text in corpus()), chat, chat]))
+    with open(rows, "a") as file:
+        file.write('{"cut')
     report = train_tokenizer([str(rows)], VOCAB, tmp_path / "tok")
     tokenizer = Tokenizer.load(tmp_path / "tok")
     assert report["vocab_size"] == VOCAB and len(tokenizer.encode(" zyzzyva qoph")) == 2
+    assert report["skipped_rows"] == {"not valid JSON": 1}
+    assert report["skipped_examples"]["not valid JSON"][0].startswith(f"{rows}:")
     before = sha256(tmp_path / "tok" / "tokenizer.json")
     with pytest.raises(InputError, match="not empty"):
         train_tokenizer([str(rows)], VOCAB, tmp_path / "tok")

@@ -78,6 +78,22 @@ def preferences(count: int) -> list[dict[str, Any]]:
     return [{"prompt": f"{n} and 1?", "chosen": f"It is {n + 1}.", "rejected": "No idea at all."} for n in range(count)]
 
 
+def refused_chat() -> dict[str, Any]:
+    """A conversation that the chat template refuses: a tool call without a name."""
+    call = {"role": "assistant", "content": "", "tool_calls": [{"arguments": {}}]}
+    return {"messages": [{"role": "user", "content": "call something, whatever it is"}, call]}
+
+
+def unmark_answers(run: Path) -> None:
+    """Takes {% generation %} out of the chat template of a run, as most published templates have none."""
+    file = run / "tokenizer" / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    for mark in ("{%- generation -%}", "{%- endgeneration -%}"):
+        assert mark in config["chat_template"]
+        config["chat_template"] = config["chat_template"].replace(mark, "")
+    file.write_text(json.dumps(config), encoding="utf-8")
+
+
 def settings(steps: int, **changes: Any) -> TrainConfig:
     """fp32, whatever the machine prefers; log and evaluation steps that checkpoints cut across."""
     defaults = dict(steps=steps, batch_size=2, lr=1e-2, dtype="fp32", device="cpu", seed=5, log_every=3, eval_every=4)
