@@ -247,6 +247,15 @@ class PretrainConfig:
     cross_document_attention: bool = False  # True: tokens see earlier documents packed into their sequence, as in V3
 
 
+def _check_tuning(config: SFTConfig | DPOConfig) -> None:
+    if config.seq_len is not None and config.seq_len < 2:
+        raise InputError(f"seq_len: got {config.seq_len}, wanted a whole number >= 2, or none")
+    if config.epochs is not None and not 0 < config.epochs < math.inf:
+        raise InputError(f"epochs: got {config.epochs}, wanted a number > 0, or none")
+    if not 0 <= config.holdout < 1:
+        raise InputError(f"holdout: got {config.holdout}, wanted a share from 0 to below 1")
+
+
 @dataclass(kw_only=True)
 class SFTConfig:
     data: list[str] = field(default_factory=list)  # row files
@@ -261,6 +270,9 @@ class SFTConfig:
         )
     )
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        _check_tuning(self)
 
 
 @dataclass(kw_only=True)
@@ -279,6 +291,13 @@ class DPOConfig:
         )
     )
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        _check_tuning(self)
+        if not 0 < self.beta < math.inf:
+            raise InputError(f"beta: got {self.beta}, wanted a number > 0")
+        if not 0 <= self.sft_loss_weight < math.inf:
+            raise InputError(f"sft_loss_weight: got {self.sft_loss_weight}, wanted 0 or more")
 
 
 # Short names people type, for fields that keep Hugging Face's names.

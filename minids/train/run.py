@@ -163,8 +163,6 @@ def steps_for(settings: TrainConfig, epochs: float | None, items: int) -> TrainC
     """`settings` with the steps that `epochs` passes over `items` (rows or pairs) take; unchanged without epochs."""
     if epochs is None:
         return settings
-    if not epochs > 0:
-        raise InputError(f"epochs: got {epochs}, wanted a number > 0")
     per_step = settings.batch_size * settings.grad_accumulation_steps
     return dataclasses.replace(settings, steps=max(1, math.ceil(epochs * items / per_step)))
 

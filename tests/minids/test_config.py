@@ -144,15 +144,40 @@ TEXT = st.text(st.characters(codec="utf-8"))
 @given(
     data=st.lists(TEXT),
     base=TEXT,
-    seq_len=st.none() | st.integers(1, 2**60),
+    seq_len=st.none() | st.integers(2, 2**60),
     lr=st.floats(min_value=0, exclude_min=True, allow_infinity=False),
-    holdout=st.floats(0, 1),
+    holdout=st.floats(0, 1, exclude_max=True),
     warmup=st.none() | st.integers(0, 10**6),
 )
 def test_toml_round_trip_is_exact(data: Any, base: Any, seq_len: Any, lr: Any, holdout: Any, warmup: Any) -> None:
     train = c.TrainConfig(lr=lr, warmup_steps=warmup)
     config = c.SFTConfig(data=data, base=base, seq_len=seq_len, holdout=holdout, train=train)
     assert c.from_dict(c.SFTConfig, tomllib.loads(c.to_toml(config))) == config
+
+
+@pytest.mark.parametrize("cls", [c.SFTConfig, c.DPOConfig])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"seq_len": "-5"}, "seq_len: got -5, wanted a whole number >= 2, or none"),
+        ({"epochs": "inf"}, "epochs: got inf, wanted a number > 0, or none"),
+        ({"epochs": "0"}, "epochs: got 0.0, wanted a number > 0"),
+        ({"holdout": "nan"}, "holdout: got nan, wanted a share from 0 to below 1"),
+        ({"holdout": "1"}, "holdout: got 1.0, wanted a share from 0 to below 1"),
+    ],
+)
+def test_bad_values_of_tuning(cls: type, flags: dict[str, str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        c.from_flags(cls(), flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [({"beta": "0"}, "beta: got 0.0, wanted a number > 0"), ({"sft_loss_weight": "-1"}, "sft_loss_weight: got -1.0")],
+)
+def test_bad_values_of_dpo(flags: dict[str, str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        c.from_flags(c.DPOConfig(), flags)
 
 
 @pytest.mark.parametrize("name", c.PRESETS)
