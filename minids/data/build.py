@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import importlib.metadata
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from minids.data.pack import Packer, PackReport, Sample
 from minids.data.store import HOLDOUT, SPLITS, TRAIN, ShardWriter
-from minids.errors import InputError
+from minids.errors import FULL, InputError
 from minids.files import atomic_directory
 from minids.tokenizer import Tokenizer
 
@@ -82,7 +81,7 @@ def shard_folder(
             finally:
                 builder.writer.close()
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
         written = builder.writer.written if builder else 0
         needed = max(written, builder.expected or 0) if builder else 0

@@ -348,10 +348,9 @@ class Tokenizer:
     def _render(
         self, messages: Messages, tools: Tools | None, add_generation_prompt: bool, marks: tuple[str, str] = ("", "")
     ) -> str:
-        template = self._template
         named = {f"{role}_token": self.role_token(role) for role in ("bos", "eos", "pad", "unk")}
         try:
-            return compile_template(template).render(
+            return compile_template(self._template).render(
                 {name: token for name, token in named.items() if token is not None},
                 messages=messages,
                 tools=tools,

@@ -175,18 +175,20 @@ def _alone(out: Path) -> Iterator[None]:
         return
     folder = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(folder)
-        raise InputError(f"{out}: another command is at work in this run; wait for it, or give another --out") from None
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            os.close(folder)
-            raise
-    try:
+        _lock(folder, out)
         yield
     finally:
         os.close(folder)
+
+
+def _lock(folder: int, out: Path) -> None:
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{out}: another command is at work in this run; wait for it, or give another --out") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
 
 
 @contextlib.contextmanager
