@@ -16,9 +16,12 @@ import contextlib
 import dataclasses
 import errno
 import io
+import re
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -84,10 +87,22 @@ def add_settings(parser: Parser, cls: type, own: Sequence[str]) -> None:
         )
 
 
+def require_stage(out: str, command: str) -> None:
+    from minids.train.checkpoint import latest_checkpoint, read_state
+
+    checkpoint = latest_checkpoint(out)
+    stage = read_state(checkpoint)["stage"] if checkpoint else command
+    if stage != command:
+        raise InputError(
+            f"{out}: holds a run of {stage!r}, which {command} --resume cannot continue; give another --out"
+        )
+
+
 def stage_config(args: argparse.Namespace, base: C, own: Sequence[str]) -> C:
     """The run's configuration. With --resume, the run folder's own config.toml replaces defaults."""
     stored = Path(args.out or "") / "config.toml"
     if args.resume and args.out and stored.is_file():
+        require_stage(args.out, args.command)
         base = from_dict(type(base), load_toml(stored), base, where=f"{stored}: ")
     if isinstance(base, PretrainConfig) and args.preset:
         base = dataclasses.replace(base, model=preset(args.preset))
@@ -436,13 +451,48 @@ def os_error_text(error: OSError) -> str | None:
     return None
 
 
+def memory_error_text(error: MemoryError | RuntimeError) -> str | None:
+    """One line for an allocation that failed, here or on a GPU; None for other RuntimeErrors."""
+    text = str(error)
+    if not (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"  # PyTorch's, which is loaded only where it is needed
+        or "can't allocate memory" in text
+        or "not enough memory" in text
+    ):
+        return None
+    size = re.search(r"(?i)(?:tried|unable) to allocate \d[\d.]* ?\w+", text)
+    return (
+        f"out of memory{f' ({size[0].lower()})' if size else ''}; less is needed by a smaller train.batch_size, which "
+        "train.grad_accumulation_steps makes up for, by a shorter seq_len and by a smaller model"
+    )
+
+
+@contextlib.contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM ends a command as SIGINT does, which takes its temporary files away. Training has its own answer."""
+    if threading.current_thread() is not threading.main_thread():  # Python lets no other thread set handlers
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise Interrupted("SIGTERM: stopped")
+
+    former = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former or signal.SIG_DFL)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
-        run(sys.argv[1:] if argv is None else argv)
+        with sigterm_interrupts():
+            run(sys.argv[1:] if argv is None else argv)
         return 0
     except InputError as error:
         code, text = BAD_INPUT, str(error)
@@ -452,6 +502,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, text = INTERRUPTED, "interrupted"
     except OSError as error:
         line = os_error_text(error)
+        if line is None:
+            raise
+        code, text = BAD_INPUT, line
+    except (MemoryError, RuntimeError) as error:
+        line = memory_error_text(error)
         if line is None:
             raise
         code, text = BAD_INPUT, line

@@ -9,5 +9,6 @@ class InputError(ValueError):
     """Bad input: what came, where, and what would be right, in one sentence. Exit code 2."""
 
 
-class Interrupted(Exception):
-    """SIGINT or SIGTERM ended a stage; the text says what was saved. Exit code 130."""
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM ended a command; the text says what was saved. Exit code 130. As KeyboardInterrupt, it is no
+    Exception, which libraries take for a fault of their own (tqdm where it starts its thread)."""

@@ -45,8 +45,13 @@ def to_json(result: Any) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    """A question for the one of `known` that `word` is like, or like whose last part it is (`--lr`, `--train.lr`)."""
+    spelt: dict[str, str] = {}
+    for name in known:
+        for form in (name, name.rpartition(".")[2]):
+            spelt.setdefault(form.lstrip("-"), name)
+    near = difflib.get_close_matches(word.lstrip("-"), spelt, n=1, cutoff=0.6)
+    return f"; did you mean {spelt[near[0]]!r}?" if near else ""
 
 
 def canonical(token: str) -> str:

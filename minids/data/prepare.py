@@ -11,7 +11,10 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
+import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -189,6 +192,28 @@ def _chunks(sources: list[DataSource], strict: bool, row_report: RowReport, drop
             yield Chunk(number, documents, size)
 
 
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Around the start of processes: signals are answered at its end, since a process that has come halfway complains,
+    and Ctrl-C, which reaches the whole group, does not reach the new ones from their first instruction on."""
+    came: list[int] = []
+    former: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
+        both = (signal.SIGINT, signal.SIGTERM)
+        former = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in both}
+    if sys.platform != "win32":
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        if sys.platform != "win32":
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in former.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        for number in came:
+            signal.raise_signal(number)
+
+
 def _encode(
     chunks: Iterator[Chunk], tokenizer: Tokenizer, rules: EncodeRules, workers: int
 ) -> Generator[tuple[Chunk, Encoded], None, None]:
@@ -205,7 +230,8 @@ def _encode(
         try:
             under_way: deque[tuple[Chunk, Any]] = deque()
             for chunk in chunks:
-                under_way.append((chunk, pool.submit(work, chunk.documents)))
+                with _signals_wait():
+                    under_way.append((chunk, pool.submit(work, chunk.documents)))
                 if len(under_way) >= CHUNKS_PER_WORKER * workers:
                     first, future = under_way.popleft()
                     yield first, future.result()

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import io
+import itertools
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,8 @@ def said(*argv: str) -> str:
         ),
         (["pretrain", "--train.lr_=5"], "unknown flag '--train.lr_'; did you mean '--train.lr'?"),
         (["sft", "--form", "x"], "unknown flag '--form'; did you mean '--from'?"),
+        (["pretrain", "--lr", "1"], "unknown flag '--lr'; did you mean '--train.lr'?"),
+        (["pretrain", "--batch", "1"], "unknown flag '--batch'; did you mean '--train.batch_size'?"),
         (["doctor", "--zzzz"], "unknown flag '--zzzz' (see minids doctor --help)"),
         (["doctor", "-z"], "unknown flag '-z'"),
         (["--preset", "nano", "pretrain"], "unknown flag '--preset'"),
@@ -238,6 +242,12 @@ def test_settings_file_mistakes_name_the_file(tmp_path: Path, capsys: Any) -> No
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "x"), 2, "x: no such file or directory"),
         (PermissionError(errno.EACCES, "Permission denied", "x"), 2, "x: permission denied"),
         (OSError(errno.EROFS, "Read-only file system", "x"), 2, "x: read-only file system"),
+        (MemoryError(), 2, "out of memory; less is needed by a smaller train.batch_size"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total"),
+            2,
+            "out of memory (tried to allocate 2.50 gib); less",
+        ),
     ],
 )
 def test_exit_codes(configs: Any, monkeypatch: Any, capsys: Any, error: Any, code: int, line: str) -> None:
@@ -261,6 +271,89 @@ def test_faults_of_the_program_keep_their_traceback(configs: Any, monkeypatch: A
     monkeypatch.setattr(minids.train.pretrain, "pretrain", fail)
     with pytest.raises(OSError, match="Input/output"):
         main(["pretrain", "--data", "a", "--tokenizer", "b", "--out", "c"])
+
+
+def test_an_allocation_too_large_for_the_machine_is_one_line(
+    configs: Any, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import minids.train.pretrain
+
+    monkeypatch.setattr(minids.train.pretrain, "pretrain", lambda config, resume: torch.empty(1 << 60))
+    line = refused(capsys, "pretrain", "--data", "a", "--tokenizer", "b", "--out", "c")
+    assert line.startswith("out of memory (tried to allocate 4611686018427387904 bytes); ")
+
+
+def test_other_runtime_errors_keep_their_traceback(configs: Any, monkeypatch: Any) -> None:
+    import minids.train.pretrain
+
+    monkeypatch.setattr(minids.train.pretrain, "pretrain", lambda config, resume: torch.zeros(2) + torch.zeros(3))
+    with pytest.raises(RuntimeError, match="must match the size"):
+        main(["pretrain", "--data", "a", "--tokenizer", "b", "--out", "c"])
+
+
+def interrupted(process: subprocess.Popen[str], send: Callable[[], None], until: Callable[[], bool]) -> str:
+    """stderr of a command that was sent a signal as soon as `until` said so, and ended by it as it should."""
+    deadline = time.monotonic() + 60
+    while not until():
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr and process.stderr.read()
+        time.sleep(0.005)
+    send()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert out == "" and "Traceback" not in err
+    return err.splitlines()[-1]
+
+
+@pytest.fixture
+def long_prepare(work: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """`prepare` on more text than it is done with when the test is, with two workers, in a process group of its own."""
+    texts = itertools.islice(itertools.cycle(TEXTS), 100_000)
+    write_rows(tmp_path / "text.jsonl", [{"text": f"{number} {text}"} for number, text in enumerate(texts)])
+    argv = f"prepare --data {tmp_path}/text.jsonl --tokenizer {work}/tok --out {tmp_path}/shards --workers 2".split()
+    with subprocess.Popen(
+        [*MINIDS, *argv], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        yield process
+        process.kill()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM for one process there")
+def test_sigterm_takes_temporary_files_away(long_prepare: subprocess.Popen[str], tmp_path: Path) -> None:
+    line = interrupted(long_prepare, long_prepare.terminate, lambda: any(tmp_path.glob(".shards.*")))
+    assert line == "minids: SIGTERM: stopped"
+    assert [path.name for path in tmp_path.iterdir()] == ["text.jsonl"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no list of a process's children on this system")
+def test_ctrl_c_while_workers_start_is_one_line(long_prepare: subprocess.Popen[str], tmp_path: Path) -> None:
+    children = Path(f"/proc/{long_prepare.pid}/task/{long_prepare.pid}/children")
+
+    def imports() -> bool:
+        """Whether a child has come as far as numpy."""
+        maps = (Path(f"/proc/{child}/maps") for child in children.read_text().split())
+        return any("numpy" in file.read_text() for file in maps)
+
+    line = interrupted(long_prepare, lambda: os.killpg(long_prepare.pid, signal.SIGINT), imports)
+    assert line == "minids: interrupted"
+    assert [path.name for path in tmp_path.iterdir()] == ["text.jsonl"]
+
+
+def test_no_library_takes_sigterm_for_a_fault_of_its_own(configs: Any, monkeypatch: Any) -> None:
+    import minids.train.pretrain
+
+    def cover(config: Any, resume: bool) -> None:
+        with contextlib.suppress(Exception):
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(minids.train.pretrain, "pretrain", cover)
+    assert main(["pretrain", "--data", "a", "--tokenizer", "b", "--out", "c"]) == 130
+
+
+def test_sigterm_is_as_it_was_after_a_command() -> None:
+    former = signal.getsignal(signal.SIGTERM)
+    said("--version")
+    assert signal.getsignal(signal.SIGTERM) is former
 
 
 def test_reader_of_stdout_went_away() -> None:
@@ -320,6 +413,9 @@ def test_stages_print_one_json_object(work: Path) -> None:
 def test_run_folder_in_use_and_finished(work: Path, capsys: Any) -> None:
     with contextlib.chdir(work):
         assert "--resume" in refused(capsys, "sft", "--from", "base", "--data", "chats.jsonl", "--out", "sft")
+        assert refused(capsys, "dpo", "--out", "sft", "--resume") == (
+            "sft: holds a run of 'sft', which dpo --resume cannot continue; give another --out"
+        )
         assert json.loads(said("sft", "--out", "sft", "--resume"))["steps"] == 4
 
 
@@ -474,12 +570,11 @@ def test_interrupt_saves_and_exits_130(work: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [*MINIDS, *argv], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    metrics, deadline = run / "metrics.jsonl", time.monotonic() + 60
-    while not (metrics.is_file() and metrics.read_text().count('"train"') > 1) and time.monotonic() < deadline:
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert out == "" and "Traceback" not in err and "saved" in err.splitlines()[-1]
+    metrics = run / "metrics.jsonl"
+    line = interrupted(
+        process,
+        lambda: process.send_signal(signal.SIGINT),
+        lambda: metrics.is_file() and metrics.read_text().count('"train"') > 1,
+    )
+    assert "saved" in line
     assert len(list(run.glob("step_*"))) == 1
