@@ -310,9 +310,11 @@ def long_prepare(work: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     texts = itertools.islice(itertools.cycle(TEXTS), 100_000)
     write_rows(tmp_path / "text.jsonl", [{"text": f"{number} {text}"} for number, text in enumerate(texts)])
     argv = f"prepare --data {tmp_path}/text.jsonl --tokenizer {work}/tok --out {tmp_path}/shards --workers 2".split()
+    # what a shell starts in the background has SIGINT ignored, and so have its children
+    start = "import signal, sys, minids.cli; signal.signal(2, signal.default_int_handler); sys.exit(minids.cli.main())"
     with subprocess.Popen(
-        [*MINIDS, *argv], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
+        [sys.executable, "-c", start, *argv], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, start_new_session=True,
     ) as process:  # fmt: skip
         yield process
         process.kill()
