@@ -19,9 +19,8 @@ import io
 import re
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -41,6 +40,7 @@ from minids.config import (
     to_dict,
 )
 from minids.errors import FULL, InputError, Interrupted
+from minids.signals import answered_by
 from minids.terminal import Parser, canonical, emit, to_json
 
 if TYPE_CHECKING:
@@ -468,21 +468,9 @@ def memory_error_text(error: MemoryError | RuntimeError) -> str | None:
     )
 
 
-@contextlib.contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM ends a command as SIGINT does, which takes its temporary files away. Training has its own answer."""
-    if threading.current_thread() is not threading.main_thread():  # Python lets no other thread set handlers
-        yield
-        return
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise Interrupted("SIGTERM: stopped")
-
-    former = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, former or signal.SIG_DFL)
+def stop(number: int, frame: Any) -> None:
+    """Ends a command at SIGTERM as SIGINT does, so that its temporary files go. Training has its own answer."""
+    raise Interrupted("SIGTERM: stopped")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -491,7 +479,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
-        with sigterm_interrupts():
+        with answered_by(stop, signal.SIGTERM):
             run(sys.argv[1:] if argv is None else argv)
         return 0
     except InputError as error:
@@ -500,13 +488,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, text = INTERRUPTED, str(error)
     except KeyboardInterrupt:
         code, text = INTERRUPTED, "interrupted"
-    except OSError as error:
-        line = os_error_text(error)
-        if line is None:
-            raise
-        code, text = BAD_INPUT, line
-    except (MemoryError, RuntimeError) as error:
-        line = memory_error_text(error)
+    except (OSError, MemoryError, RuntimeError) as error:
+        line = os_error_text(error) if isinstance(error, OSError) else memory_error_text(error)
         if line is None:
             raise
         code, text = BAD_INPUT, line

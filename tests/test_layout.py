@@ -20,7 +20,7 @@ TOP_LEVEL = FILES | {".ci", ".gitignore", "minids", "kernels", "benchmarks", "te
 
 # What each part of minids may import of minids. train, infer, evaluate and convert lie on one level (all of them open
 # checkpoints, which train writes), but train never imports infer; data and tokenizer know no model.
-BASE = {"config", "device", "errors", "files", "graph", "precision"}
+BASE = {"config", "device", "errors", "files", "graph", "precision", "signals"}
 MIDDLE = BASE | {"tokenizer", "data", "model", "convert", "train"}
 ALLOWED = {
     **dict.fromkeys(BASE, BASE),

@@ -14,7 +14,6 @@ import os
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ from minids.data.pack import Sample
 from minids.data.rows import RowReport, expand_paths, read_rows
 from minids.data.store import HOLDOUT, SPLITS, TRAIN
 from minids.errors import InputError
+from minids.signals import STOPS, answered_by
 from minids.tokenizer import Tokenizer
 
 CHUNK_BYTES = 256 << 10  # text that a worker gets at a time
@@ -197,21 +197,16 @@ def _signals_wait() -> Iterator[None]:
     """Around the start of processes: signals are answered at its end, since a process that has come halfway complains,
     and Ctrl-C, which reaches the whole group, does not reach the new ones from their first instruction on."""
     came: list[int] = []
-    former: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
-        both = (signal.SIGINT, signal.SIGTERM)
-        former = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in both}
-    if sys.platform != "win32":
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
+    with answered_by(lambda number, frame: came.append(number), *STOPS):
         if sys.platform != "win32":
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for number, handler in former.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-        for number in came:
-            signal.raise_signal(number)
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            yield
+        finally:
+            if sys.platform != "win32":
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    for number in came:
+        signal.raise_signal(number)
 
 
 def _encode(

@@ -9,7 +9,6 @@ import math
 import os
 import shutil
 import signal
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from minids.convert.hf import load_tokenizer
 from minids.errors import InputError, Interrupted
 from minids.files import atomic_write
 from minids.model.model import DeepseekV3
+from minids.signals import STOPS, answered_by
 from minids.tokenizer import Tokenizer
 from minids.train.checkpoint import (
     is_leftover,
@@ -68,18 +68,8 @@ class Signals:
     def __init__(self) -> None:
         self.training = False
         self.received: str | None = None
-        self._former: dict[int, Any] = {}
 
-    def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
-            self._former = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def handle(self, number: int, frame: FrameType | None) -> None:
         if self.received or not self.training:
             raise Interrupted(
                 f"{signal.Signals(number).name}: stopped without saving; --resume continues what is there"
@@ -212,7 +202,8 @@ def open_run(config: StageConfig, resume: bool) -> Iterator[Run]:
     if started:
         _require_unchanged(config, out / CONFIG)
     out.mkdir(parents=True, exist_ok=True)
-    with Signals() as signals, _alone(out):
+    signals = Signals()
+    with answered_by(signals.handle, *STOPS), _alone(out):
         try:
             remove_leftovers(out)
             if not started:
