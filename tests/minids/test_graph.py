@@ -113,6 +113,17 @@ def test_each_shape_and_kind_has_its_own_graph() -> None:
                 assert torch.equal(weight.grad, torch.full_like(weight, 2 * columns * turn * kind))
 
 
+@pytest.mark.gpu
+def test_a_result_outlives_its_graph() -> None:
+    recorded = Recorded(lambda inputs, kind: inputs[0] * kind, torch.device("cuda"))
+    kept = []
+    for start in (1.0, 10.0):
+        for turn in range(3):
+            kept.append(recorded([torch.tensor(start + turn)], 2))
+        recorded.forget()
+    assert [x.item() for x in kept] == [2.0, 6.0, 6.0, 20.0, 24.0, 24.0]
+
+
 WAITS = """
 import torch
 from minids.graph import CannotRecord, Recorded
