@@ -91,13 +91,16 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
 
 
 def tuning(device: torch.device) -> dict[str, Tuning]:
-    """Of the tables for half precision: V3's gate_up product; the other tables are for what nobody should be using.
+    """Of the tables for half precision: V3's gate_up product, or as wide as the entry says; the other tables are for
+    what nobody should be using.
     Tensor descriptors are tried everywhere; for chips that have none the compiler makes pointers of them."""
 
     def bind(mode: str) -> Callable[[Mapping[str, int]], Run]:
         def run(shape: Mapping[str, int]) -> Run:
             rows = EXPERTS * shape.get("rows", 1 if mode == "fwd" else 1024)
-            case = _case(rows, 2 * INNER, WIDTH, EXPERTS, DTYPE, mode, device)
+            n = shape.get("M", min(2 * INNER, 2 * shape.get("K", WIDTH)))
+            k = shape.get("K", WIDTH if n == 2 * INNER else n)
+            case = _case(rows, n, k, EXPERTS, DTYPE, mode, device)
             inputs = case.make()
             return calls(grouped_gemm, mode)(inputs)
 
@@ -130,9 +133,10 @@ def launches(arch: str, every: bool) -> list[tuple[str, Callable[[], Any]]]:
     """(label, call) pairs for benchmarks.aot: forward and both gradients, of tokens' rows as well, of DeepSeek-V3's
     gate_up product with many rows and with decoding's few; with `every` at each entry of the tables, also those for
     widths that are no multiples of 16."""
-    rows = {512}
+    sizes = {(512, WIDTH)}  # rows an expert, and K
     if every:
-        rows |= {entry["shape"]["rows"] for entry in _launch.entries("grouped_gemm", "many", arch)}
+        shapes = [entry["shape"] for entry in _launch.entries("grouped_gemm", "many", arch)]
+        sizes |= {(shape["rows"], shape.get("K", WIDTH)) for shape in shapes}
 
     def both(tokens: int, width: int) -> None:
         x = torch.empty(tokens, width, dtype=DTYPE).requires_grad_()
@@ -142,12 +146,13 @@ def launches(arch: str, every: bool) -> list[tuple[str, Callable[[], Any]]]:
         y.backward(torch.empty_like(y))
         x, w, y, token = x.detach(), w.detach(), y.detach(), torch.zeros(tokens, dtype=torch.int64)
         grouped_mm(x, w, offsets, token)
-        grouped_outer(y, x, offsets, a_token=token)
-        grouped_outer(y, x, offsets, b_token=token)
+        narrow = y[:, :512]  # tokens' rows that meet more columns are copied
+        grouped_outer(x, narrow, offsets, a_token=token)
+        grouped_outer(narrow, x, offsets, b_token=token)
         many = torch.empty(8192, 256, dtype=DTYPE)  # rows of few tiles, which are summed in parts
         grouped_outer(many, many, offsets)
 
-    cases = [(count * EXPERTS, WIDTH) for count in sorted(rows, reverse=True)] + [(8, WIDTH)]
+    cases = [(count * EXPERTS, width) for count, width in sorted(sizes, reverse=True)] + [(8, WIDTH)]
     if every:
         cases += [(512 * EXPERTS, WIDTH - 8), (8, WIDTH - 8)]
     return [

@@ -12,7 +12,8 @@ program finds its expert by counting which of these first numbers are not above 
 each row is a tile of its own, of which only a segment's first does work: weights are read once, and only those that
 are hit; there the weights are the operand that tensor cores want 64 rows of.
 Where the launch table says TMA, operands are fetched by tensor descriptors, each if its memory lies as these want it;
-tokens' rows always by pointers. For moe_experts the epilogue is SwiGLU: half a tile's columns are gate's, half up's.
+tokens' rows by pointers, or for wide weight gradients after a copy. For moe_experts the epilogue is SwiGLU: half a
+tile's columns are gate's, half up's.
 Gradients: dx = the same product with w[e].T; dw[e] = dy_e.T @ x_e, one program an output tile walking through the
 segment's rows: no atomics, the same bits every time. Runs on every GPU that Triton knows.
 Device-side offsets: pytorch/pytorch#146328; rows without padding: pytorch/torchtitan#2255.
@@ -279,6 +280,7 @@ def _sum_parts_kernel(parts_ptr, offsets_ptr, out_ptr, numbers, ROWS: tl.constex
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 PARTS, LEAST_PART = 8, 1024  # into how many a weight gradient's rows are divided at most, and rows of one at least
+COPIED = 1024  # columns of the other operand from which on tokens' rows are copied, where there are descriptors
 SUM_BLOCK = 1024  # numbers of a program that sums parts
 
 
@@ -306,7 +308,7 @@ def _triton_mm(
     written to; only then y may have no rows."""
     rows, (experts, width, depth) = len(x if token is None else token), w.shape
     small = rows <= SMALL
-    config = dict(_config("small", x, w) if small else _config("many", x, w, rows=rows // max(1, experts)))
+    config = dict(_config("small", x, w) if small else _config("many", x, w, rows=rows // max(1, experts), K=depth))
     tma = config.pop("TMA", False)
     if small:
         config["BLOCK_M"] = max(16, triton.next_power_of_2(rows))
@@ -337,6 +339,8 @@ def _triton_outer(
     rows = len(a if a_token is None else a_token)
     config = dict(_config("outer", a, b, M=down))
     tma = config.pop("TMA", False)
+    if tma:
+        (a, a_token), (b, b_token) = _in_order(a, a_token, across), _in_order(b, b_token, down)
     a_tma, b_tma = (tma and token is None and describable(x) for x, token in ((a, a_token), (b, b_token)))
     m, n, t = (config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_T"))
     tiles = triton.cdiv(down, m) * triton.cdiv(across, n)
@@ -353,6 +357,12 @@ def _triton_outer(
     if most:
         grid = triton.cdiv(down * across, SUM_BLOCK), experts
         _launch.launch(_sum_parts_kernel, grid, parts, offsets, out, down * across, ROWS=most, BLOCK=SUM_BLOCK)
+
+
+def _in_order(x: Tensor, token: Tensor | None, columns: int) -> tuple[Tensor, Tensor | None]:
+    """x and whose rows of it to read, None for all in their order: tokens' rows are copied where they meet so many
+    columns that descriptors, which want rows in order, save more time than the copy takes."""
+    return (x, token) if token is None or columns < COPIED else (x.index_select(0, token), None)
 
 
 def _most_rows(rows: int, tiles: int, multiprocessors: int) -> int:
@@ -409,7 +419,7 @@ def grouped_outer(
     dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     """a [T, M], b [T, N] -> [E, M, N] in `dtype`, by default a's: a.T @ b of each segment, zero for an empty one. With
-    `a_token`, `b_token` int64 [T] row t of that operand is that token's, which is not copied before."""
+    `a_token`, `b_token` int64 [T] row t of that operand is that token's, which a kernel copies before if it pays."""
     out = a.new_empty(offsets.shape[0] - 1, a.shape[1], b.shape[1], dtype=dtype)
     if _launch.use_triton(a):
         _triton_outer(a, b, offsets, out, a_token, b_token)

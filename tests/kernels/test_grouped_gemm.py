@@ -141,9 +141,14 @@ def test_segments_do_not_meet(counts: list[int], device: torch.device) -> None:
     assert all(t.isnan().all() for t in (out2[~mine], dx2[~mine], dw2[1]))
 
 
+@pytest.mark.parametrize("copied", [1, room.COPIED])
 @pytest.mark.parametrize("size", [*SIZES, ([9, 0, 8, 3], 2, 24, 40)], ids=str)
-def test_rows_of_tokens(size: tuple[list[int], int, int, int], device: torch.device) -> None:
-    """The bits of rows gathered before, some of them several times; rows that no one asks for hold NaN."""
+def test_rows_of_tokens(
+    size: tuple[list[int], int, int, int], copied: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bits of rows gathered before, some of them several times; rows that no one asks for hold NaN. By kernels that
+    copy them for the weight gradient and by those that do not."""
+    monkeypatch.setattr(room, "COPIED", copied)
     rows, w = (t.to(device) for t in inputs(*size))
     offsets, token = offsets_of(size[0], device), 2 * torch.randint(50, (len(rows),), device=device)
     x = torch.full((100, rows.shape[1]), torch.nan, device=device)
@@ -255,9 +260,12 @@ HALF = torch.empty(64, 64, dtype=torch.float16)
     ],
     ids=["whole", "columns", "base off 16 bytes", "transposed", "one row", "steps", "pitch off 16 bytes", "empty"],
 )  # fmt: skip
-def test_descriptors_stand_for_what_they_can(x: Tensor, as_rows: bool, as_weights: bool) -> None:
-    """By sm_90's shipped table: rows, but not tokens', and weights as they are stored or their transpose; gradients."""
-    token, offsets = torch.empty(64, dtype=torch.int64), torch.empty(4, dtype=torch.int32)
+def test_descriptors_stand_for_what_they_can(
+    x: Tensor, as_rows: bool, as_weights: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By sm_90's shipped table: rows, but tokens' only once they are copied, and weights as they are stored or their
+    transpose; gradients."""
+    token, offsets = torch.zeros(64, dtype=torch.int64), torch.empty(4, dtype=torch.int32)
     weights = x.new_empty(3, 64, x.shape[1])
     calls: list[Callable[[], Tensor]] = [
         lambda: room.grouped_mm(x, weights, offsets), lambda: room.grouped_mm(x, weights, offsets, token),
@@ -273,6 +281,9 @@ def test_descriptors_stand_for_what_they_can(x: Tensor, as_rows: bool, as_weight
     assert outer["A_TMA"] == outer_of_tokens["B_TMA"] == as_rows
     assert not outer_of_tokens["A_TMA"] and not outer_with_tokens["B_TMA"]
     assert not as_rows or (outer["B_TMA"] and outer_with_tokens["A_TMA"])
+    monkeypatch.setattr(room, "COPIED", 1)
+    copied, other = (launch.kwargs for launch in record([("", call) for call in calls[-2:]], "sm_90"))
+    assert not as_rows or (copied["A_TMA"] and other["B_TMA"])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
