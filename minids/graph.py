@@ -11,7 +11,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,8 @@ class Recorded(Generic[Kind, Result]):
     What `work` queues must depend on `kind` and the shapes of `inputs` alone, and nothing in it may wait for the GPU.
     Each such combination runs as it is the first time, which compiles its kernels; from the second on its graph is
     replayed. Before a call no parameter has a gradient. A result, gradients too, holds until the next call: graphs use
-    the same memory in turn. But each keeps its result and gradients: combinations should be few.
+    the same memory in turn, those of several `Recorded` too if they are given the same `pool`
+    (`torch.cuda.graph_pool_handle`). But each keeps its result and gradients: combinations should be few.
     """
 
     def __init__(
@@ -51,9 +52,11 @@ class Recorded(Generic[Kind, Result]):
         work: Callable[[list[Tensor], Kind], Result],
         device: torch.device,
         parameters: Iterable[nn.Parameter] = (),
+        pool: Any = None,
     ) -> None:
         self.work, self.device, self.parameters = work, device, list(parameters)
-        self.forget()
+        self.pool = torch.cuda.graph_pool_handle() if pool is None else pool
+        self._recordings: dict[Hashable, _Recording[Result] | None] = {}
 
     def __call__(self, inputs: Sequence[Tensor], kind: Kind) -> Result:
         """inputs: on the CPU or on the GPU. CannotRecord for work that waits, or otherwise breaks the recording off;
@@ -73,9 +76,9 @@ class Recorded(Generic[Kind, Result]):
         return recording.result
 
     def forget(self) -> None:
-        """Lets go of all graphs and their memory. What is recorded then gets other memory: PyTorch refuses to record
+        """Lets go of all graphs and their memory. What is recorded then gets another pool: PyTorch refuses to record
         into that of graphs that are gone while a tensor there lives, a result or what awaits Python's collector."""
-        self._recordings: dict[Hashable, _Recording[Result] | None] = {}
+        self._recordings.clear()
         self.pool = torch.cuda.graph_pool_handle()
 
     def _record(self, inputs: Sequence[Tensor], kind: Kind) -> _Recording[Result]:

@@ -24,6 +24,17 @@ def test_keeps_what_the_call_reads(name: str) -> None:
     assert all(other.eq(-1).all() for other in others)
 
 
+@pytest.mark.gpu
+def test_who_comes_first_is_timed_as_the_others() -> None:
+    """Behind each round the GPU has nothing to do; what it waits for the host then is nobody's time."""
+    device = torch.device("cuda")
+    with timing.side_stream(device):
+        calls = {name: prepared(device) for name in ("first", "second", "third")}
+        found = timing.measure(calls, 50, device)
+    assert found["first"].median < 1.2 * found["third"].median
+    assert found["first"].p80 < 1.5 * found["third"].p80
+
+
 def test_no_round_begins_after_the_limit() -> None:
     calls: list[int] = []
     call = timing.prepare(lambda: calls.append(1), torch.device("cpu"))
