@@ -461,9 +461,9 @@ def memory_error_text(error: MemoryError | RuntimeError) -> str | None:
         or "not enough memory" in text
     ):
         return None
-    size = re.search(r"(?i)(?:tried|unable) to allocate \d[\d.]* ?\w+", text)
+    size = re.search(r"to allocate (\d[\d.]* ?\w+)", text)
     return (
-        f"out of memory{f' ({size[0].lower()})' if size else ''}; less is needed by a smaller train.batch_size, which "
+        f"out of memory{f' (asked for {size[1]})' if size else ''}; less is needed by a smaller train.batch_size, which "
         "train.grad_accumulation_steps makes up for, by a shorter seq_len and by a smaller model"
     )
 

@@ -51,7 +51,7 @@ def tuning(device: torch.device) -> dict[str, Tuning]:
         return case.contestants[OURS].bind(case.make())
 
     def candidates(shape: Mapping[str, int]) -> list[dict[str, Any]]:
-        return combinations(BLOCK=(128, 256, 512, 1024), STEP=(16, 32, 64), num_warps=(2, 4, 8))
+        return combinations(BLOCK=(64, 128, 256, 512), STEP=(16, 32, 64), num_warps=(2, 4, 8))
 
     return {"moe_plan": Tuning(run, candidates)}
 

@@ -246,7 +246,7 @@ def test_settings_file_mistakes_name_the_file(tmp_path: Path, capsys: Any) -> No
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total"),
             2,
-            "out of memory (tried to allocate 2.50 gib); less",
+            "out of memory (asked for 2.50 GiB); less",
         ),
     ],
 )
