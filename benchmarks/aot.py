@@ -23,11 +23,14 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 HIP = ("gfx942",)
@@ -43,6 +46,7 @@ MULTIPROCESSOR = {
     "sm_80": (2048, 167_936, 32), "sm_86": (1536, 102_400, 16), "sm_89": (1536, 102_400, 24),
     "sm_90": (2048, 233_472, 32), "sm_100": (2048, 233_472, 32), "sm_120": (1536, 102_400, 24),
 }  # fmt: skip
+UNWRITTEN = (torch.empty, torch.empty_like, torch.Tensor.new_empty)
 REGISTERS = 65_536  # of a multiprocessor; a warp takes them in units of 256
 
 # counted in the machine code: tensor-core instructions, bulk tensor copies, asynchronous copies, spills, barriers, and
@@ -104,6 +108,16 @@ class Launch:
     kwargs: dict[str, Any]
 
 
+class RowNumbers(TorchFunctionMode):
+    """Where no kernel runs, row numbers that one would have written are zeros: PyTorch may read rows by them."""
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        return out.zero_() if func in UNWRITTEN and out.dtype == torch.int64 else out
+
+
 def record(calls: Sequence[tuple[str, Callable[[], Any]]], arch: str) -> list[Launch]:
     """Runs (label, call) pairs as if on `arch` and returns what they would have launched."""
     from minids_kernels import _launch
@@ -117,7 +131,7 @@ def record(calls: Sequence[tuple[str, Callable[[], Any]]], arch: str) -> list[La
     former = {name: getattr(_launch, name) for name in ("arch", "multiprocessors", "BACKEND")}
     _launch.arch, _launch.multiprocessors, _launch.BACKEND = lambda x: arch, lambda x: 132, "triton"
     try:
-        with _launch.launched_by(take):
+        with _launch.launched_by(take), RowNumbers():
             for label, call in calls:
                 current = label
                 call()
