@@ -464,8 +464,8 @@ def memory_error_text(error: MemoryError | RuntimeError) -> str | None:
     size = re.search(r"to allocate (\d[\d.]* ?\w+)", text)
     asked = f" (asked for {size[1]})" if size else ""
     return (
-        f"out of memory{asked}; less is needed by a smaller train.batch_size, which train.grad_accumulation_steps makes "
-        "up for, by a shorter seq_len and by a smaller model"
+        f"out of memory{asked}; less is needed by a smaller train.batch_size, which train.grad_accumulation_steps "
+        "makes up for, by a shorter seq_len and by a smaller model"
     )
 
 

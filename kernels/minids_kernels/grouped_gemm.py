@@ -419,7 +419,7 @@ def grouped_outer(
     dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     """a [T, M], b [T, N] -> [E, M, N] in `dtype`, by default a's: a.T @ b of each segment, zero for an empty one. With
-    `a_token`, `b_token` int64 [T] row t of that operand is that token's, which a kernel copies before if it pays."""
+    `a_token`, `b_token` int64 [T] row t of that operand is that token's, which is copied before where that pays."""
     out = a.new_empty(offsets.shape[0] - 1, a.shape[1], b.shape[1], dtype=dtype)
     if _launch.use_triton(a):
         _triton_outer(a, b, offsets, out, a_token, b_token)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import run, timing
+from benchmarks import contest, run, timing
 from benchmarks.contest import run_case
 from benchmarks.protocol import OURS, Absent, Case, Contestant, Inputs, calls, exact, judge
 
@@ -189,6 +189,12 @@ def test_absent_ones_say_why() -> None:
     assert rows["hopper"]["reason"] == "needs sm_90 or sm_100, this is cpu"
     assert rows["package"]["reason"] == "no-such-package is not installed"
     assert rows["shape"]["reason"] == "columns must be a multiple of 128"
+
+
+def test_ours_needs_no_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a checkout that is only on Python's path it must not take the peers' time and be missing itself."""
+    monkeypatch.setattr(contest, "version", lambda package: None if package == OURS else "1")
+    assert contest.absence(timed(square, package=OURS), CPU) == ""
 
 
 def test_peers_are_chosen_by_name_and_ours_always_runs() -> None:
