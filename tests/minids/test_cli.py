@@ -280,7 +280,7 @@ def test_an_allocation_too_large_for_the_machine_is_one_line(
 
     monkeypatch.setattr(minids.train.pretrain, "pretrain", lambda config, resume: torch.empty(1 << 60))
     line = refused(capsys, "pretrain", "--data", "a", "--tokenizer", "b", "--out", "c")
-    assert line.startswith("out of memory (tried to allocate 4611686018427387904 bytes); ")
+    assert line.startswith("out of memory (asked for 4611686018427387904 bytes); ")
 
 
 def test_other_runtime_errors_keep_their_traceback(configs: Any, monkeypatch: Any) -> None:
