@@ -46,7 +46,7 @@ MULTIPROCESSOR = {
     "sm_80": (2048, 167_936, 32), "sm_86": (1536, 102_400, 16), "sm_89": (1536, 102_400, 24),
     "sm_90": (2048, 233_472, 32), "sm_100": (2048, 233_472, 32), "sm_120": (1536, 102_400, 24),
 }  # fmt: skip
-UNWRITTEN = (torch.empty, torch.empty_like, torch.Tensor.new_empty)
+UNWRITTEN = (torch.empty, torch.empty_like, torch.Tensor.new_empty)  # what makes tensors for kernels to write
 REGISTERS = 65_536  # of a multiprocessor; a warp takes them in units of 256
 
 # counted in the machine code: tensor-core instructions, bulk tensor copies, asynchronous copies, spills, barriers, and
@@ -109,7 +109,8 @@ class Launch:
 
 
 class RowNumbers(TorchFunctionMode):
-    """Where no kernel runs, row numbers that one would have written are zeros: PyTorch may read rows by them."""
+    """Where no kernel runs, row numbers (int64) that one would have written are zeros: PyTorch may read rows by them.
+    Other tensors stay unwritten, which costs no memory, unlike `minids_kernels.precompile`'s."""
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None

@@ -92,12 +92,13 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
 
 def tuning(device: torch.device) -> dict[str, Tuning]:
     """Of the tables for half precision: V3's gate_up product, or as wide as the entry says; the other tables are for
-    what nobody should be using.
-    Tensor descriptors are tried everywhere; for chips that have none the compiler makes pointers of them."""
+    what nobody should be using. Tensor descriptors are tried everywhere; for chips that have none the compiler makes
+    pointers of them."""
 
     def bind(mode: str) -> Callable[[Mapping[str, int]], Run]:
         def run(shape: Mapping[str, int]) -> Run:
             rows = EXPERTS * shape.get("rows", 1 if mode == "fwd" else 1024)
+            # an entry names one width, K of a product or M of a gradient: the other follows where it is less than V3's
             n = shape.get("M", min(2 * INNER, 2 * shape.get("K", WIDTH)))
             k = shape.get("K", WIDTH if n == 2 * INNER else n)
             case = _case(rows, n, k, EXPERTS, DTYPE, mode, device)
