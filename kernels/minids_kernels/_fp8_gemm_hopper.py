@@ -42,14 +42,14 @@ FETCH_REGISTERS = gl.constexpr(40)  # of a thread of the fetching warps
 
 
 @gluon.jit
-def _origin(tile, M, N, BLOCK_M: gl.constexpr, STRIPE: gl.constexpr):
+def _origin(tile, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STRIPE: gl.constexpr):
     """First row and column of a tile. Neighbours in time share rows and columns, so that L2 serves them: STRIPE tiles
     down, then one to the right."""
-    down, right = gl.cdiv(M, BLOCK_M), gl.cdiv(N, COLUMNS)
+    down, right = gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N)
     first = tile // (STRIPE * right) * STRIPE
     height = gl.minimum(down - first, STRIPE)
     inside = tile % (STRIPE * right)
-    return (first + inside % height) * BLOCK_M, inside // height * COLUMNS
+    return (first + inside % height) * BLOCK_M, inside // height * BLOCK_N
 
 
 @gluon.jit
@@ -61,16 +61,23 @@ def _next(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _rings(a, b, STRIPS: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, ARRIVALS: gl.constexpr):
-    """Buffers of a's codes, STRIPS of 64 rows a stage, and of b's, and their barriers; ARRIVALS: on `full`."""
-    a_ring = gl.allocate_shared_memory(a.dtype, [STAGES * STRIPS, ROWS, DEPTH], a.layout)
-    b_ring = gl.allocate_shared_memory(b.dtype, [STAGES, COLUMNS, DEPTH], b.layout)
+def _barriers(STAGES: gl.constexpr, GROUPS: gl.constexpr, ARRIVALS: gl.constexpr):
+    """A ring's barriers `full`, of so many ARRIVALS, and `empty`."""
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=ARRIVALS)
         mbarrier.init(empty.index(stage), count=GROUPS)
     fence_async_shared()
+    return full, empty
+
+
+@gluon.jit
+def _rings(a, b, STRIPS: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, ARRIVALS: gl.constexpr):
+    """Buffers of a's codes, STRIPS of 64 rows a stage, and of b's, and their barriers."""
+    a_ring = gl.allocate_shared_memory(a.dtype, [STAGES * STRIPS, ROWS, DEPTH], a.layout)
+    b_ring = gl.allocate_shared_memory(b.dtype, [STAGES, COLUMNS, DEPTH], b.layout)
+    full, empty = _barriers(STAGES, GROUPS, ARRIVALS)
     return a_ring, b_ring, full, empty
 
 
@@ -82,7 +89,7 @@ def _fetch(a, b, rings, shape, STRIPS: gl.constexpr, STRIPE: gl.constexpr, STAGE
     BLOCK_M: gl.constexpr = STRIPS * ROWS
     stage, phase = gl.to_tensor(0), gl.to_tensor(0)
     for tile in range(gl.program_id(0), gl.cdiv(M, BLOCK_M) * gl.cdiv(N, COLUMNS), gl.num_programs(0)):
-        m, n = _origin(tile, M, N, BLOCK_M, STRIPE)
+        m, n = _origin(tile, M, N, BLOCK_M, COLUMNS, STRIPE)
         for k in range(0, K, DEPTH):
             mbarrier.wait(empty.index(stage), phase ^ 1)
             mbarrier.expect(full.index(stage), (BLOCK_M + COLUMNS) * DEPTH)
@@ -132,7 +139,7 @@ def _multiply(
     zeros = gl.zeros([ROWS, COLUMNS], gl.float32, LAYOUT)
     stage, phase = gl.to_tensor(0), gl.to_tensor(0)
     for tile in range(gl.program_id(0), gl.cdiv(M, BLOCK_M) * gl.cdiv(N, COLUMNS), gl.num_programs(0)):
-        m, n = _origin(tile, M, N, BLOCK_M, STRIPE)
+        m, n = _origin(tile, M, N, BLOCK_M, COLUMNS, STRIPE)
         m += GROUP * PIECES * ROWS
         strip = a_scale + m.to(gl.int64) * a_stride
         block = b_scale + n // COLUMNS * b_stride
@@ -216,7 +223,7 @@ def _fetch_scales(scales, scale_rings, shape, STRIPS: gl.constexpr, STRIPE: gl.c
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     stage, phase = gl.to_tensor(0), gl.to_tensor(0)
     for tile in range(gl.program_id(0), gl.cdiv(M, BLOCK_M) * gl.cdiv(N, COLUMNS), gl.num_programs(0)):
-        m, n = _origin(tile, M, N, BLOCK_M, STRIPE)
+        m, n = _origin(tile, M, N, BLOCK_M, COLUMNS, STRIPE)
         strip_scales, columns = a_scale + m.to(gl.int64) * a_stride, b_scale + n.to(gl.int64) * b_stride
         column = gl.minimum(gl.arange(0, COLUMNS, LAYOUT), N - 1 - n) * b_stride
         rows: gl.tuple = ()
@@ -249,7 +256,7 @@ def _multiply_wgrad(
     zeros = gl.zeros([ROWS, COLUMNS], gl.float32, LAYOUT)
     stage, phase = gl.to_tensor(0), gl.to_tensor(0)
     for tile in range(gl.program_id(0), gl.cdiv(M, BLOCK_M) * gl.cdiv(N, COLUMNS), gl.num_programs(0)):
-        m, n = _origin(tile, M, N, BLOCK_M, STRIPE)
+        m, n = _origin(tile, M, N, BLOCK_M, COLUMNS, STRIPE)
         m += GROUP * PIECES * ROWS
         accs: gl.tuple = ()
         for _piece in gl.static_range(PIECES):
@@ -318,11 +325,10 @@ REGISTERS = {2: 232, 3: 152}  # of a multiplying thread, by GROUPS; with the fet
 SHARED = 232_448 - 1024  # bytes of shared memory for rings and out; the rest for barriers and Triton's own
 
 
-def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """x [R, C], in blocks of [rows, columns]."""
-    shape = [rows, columns]
-    layout = gl.NVMMASharedLayout.get_default_for(shape, DTYPES[x.dtype])
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), shape, layout)
+def _descriptor(x: Tensor, *block: int) -> TensorDescriptor:
+    """x, in blocks of that shape."""
+    layout = gl.NVMMASharedLayout.get_default_for(list(block), DTYPES[x.dtype])
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block), layout)
 
 
 def gemm(

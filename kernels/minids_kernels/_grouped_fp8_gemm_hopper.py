@@ -37,6 +37,7 @@ from ._fp8_gemm_hopper import (
     _next,
     _origin,
     _promote,
+    _rings,
 )
 from ._launch import triton
 
@@ -55,25 +56,25 @@ def _factors(a_scale, b_scale, rows, k, a_k_stride, b_k_stride):
 
 
 @gluon.jit
-def _segment(tile, expert, start, end, first, segments, BLOCK_M: gl.constexpr):
+def _segment(tile, expert, start, end, first, segments, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
     """The segment of a tile: its expert (E: no one's), its first row, where it ends, and the number of its first tile;
     from those of an earlier tile's segment, at first of none (-1, 0, 0, 0). And whether there is such a tile."""
     offsets, T, E, N = segments
-    tiles = gl.cdiv(end - start, BLOCK_M) * gl.cdiv(N, COLUMNS)
+    tiles = gl.cdiv(end - start, BLOCK_M) * gl.cdiv(N, BLOCK_N)
     while (tile >= first + tiles) & (expert < E):
         expert += 1
         first += tiles
         start = end
         end = gl.load(offsets + expert + 1, mask=expert < E, other=T)
-        tiles = gl.cdiv(end - start, BLOCK_M) * gl.cdiv(N, COLUMNS)
+        tiles = gl.cdiv(end - start, BLOCK_M) * gl.cdiv(N, BLOCK_N)
     return expert, start, end, first, tile < first + tiles
 
 
 @gluon.jit
-def _most(segments, BLOCK_M: gl.constexpr):
+def _most(segments, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
     """There are no more tiles than this, whatever the segments' lengths."""
     _, T, E, N = segments
-    return (T // BLOCK_M + E + 1) * gl.cdiv(N, COLUMNS)
+    return (T // BLOCK_M + E + 1) * gl.cdiv(N, BLOCK_N)
 
 
 @gluon.jit
@@ -84,10 +85,10 @@ def _fetch(a, b, rings, segments, K, BLOCK_M: gl.constexpr, STRIPE: gl.constexpr
     STRIPS: gl.constexpr = BLOCK_M // ROWS
     stage, phase = gl.to_tensor(0), gl.to_tensor(0)
     expert, start, end, first = gl.to_tensor(-1), gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
-    for tile in range(gl.program_id(0), _most(segments, BLOCK_M), gl.num_programs(0)):
-        expert, start, end, first, real = _segment(tile, expert, start, end, first, segments, BLOCK_M)
+    for tile in range(gl.program_id(0), _most(segments, BLOCK_M, COLUMNS), gl.num_programs(0)):
+        expert, start, end, first, real = _segment(tile, expert, start, end, first, segments, BLOCK_M, COLUMNS)
         if real & (expert < E):
-            m, n = _origin(tile - first, end - start, N, BLOCK_M, STRIPE)
+            m, n = _origin(tile - first, end - start, N, BLOCK_M, COLUMNS, STRIPE)
             m += start
             strips = gl.minimum(gl.cdiv(end - m, ROWS), STRIPS)  # with rows in this segment
             for k in range(0, K, DEPTH):
@@ -103,12 +104,12 @@ def _fetch(a, b, rings, segments, K, BLOCK_M: gl.constexpr, STRIPE: gl.constexpr
 
 
 @gluon.jit
-def _store_some(out_ptr, out_buffer, m, n, end, N):
+def _store_some(out_ptr, out_buffer, m, n, end, N, BLOCK_N: gl.constexpr):
     """Rows from m up to `end` of a tile in shared memory to out [T, N], 16 bytes a thread."""
     WIDTH: gl.constexpr = 128 // out_ptr.dtype.element_ty.primitive_bitwidth
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, WIDTH], [WIDTH * 32 // COLUMNS, COLUMNS // WIDTH], [4, 1], [1, 0])
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, WIDTH], [WIDTH * 32 // BLOCK_N, BLOCK_N // WIDTH], [4, 1], [1, 0])
     row = (m + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))).expand_dims(1)
-    column = (n + gl.arange(0, COLUMNS, gl.SliceLayout(0, LAYOUT))).expand_dims(0)
+    column = (n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))).expand_dims(0)
     gl.store(out_ptr + row.to(gl.int64) * N + column, out_buffer.load(LAYOUT), mask=(row < end) & (column < N))
 
 
@@ -155,7 +156,7 @@ def _multiply_strips(
             fence_async_shared()
             tma.async_copy_shared_to_global(out, [top, n], out_buffer)
         else:  # the next rows are another's
-            _store_some(out_ptr, out_buffer, top, n, end, N)
+            _store_some(out_ptr, out_buffer, top, n, end, N, COLUMNS)
     return stage, phase
 
 
@@ -172,10 +173,10 @@ def _multiply(
     _, _, E, N = segments
     stage, phase = gl.to_tensor(0), gl.to_tensor(0)
     expert, start, end, first = gl.to_tensor(-1), gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
-    for tile in range(gl.program_id(0), _most(segments, BLOCK_M), gl.num_programs(0)):
-        expert, start, end, first, real = _segment(tile, expert, start, end, first, segments, BLOCK_M)
+    for tile in range(gl.program_id(0), _most(segments, BLOCK_M, COLUMNS), gl.num_programs(0)):
+        expert, start, end, first, real = _segment(tile, expert, start, end, first, segments, BLOCK_M, COLUMNS)
         if real:
-            m, n = _origin(tile - first, end - start, N, BLOCK_M, STRIPE)
+            m, n = _origin(tile - first, end - start, N, BLOCK_M, COLUMNS, STRIPE)
             m += start + FIRST * ROWS
             steps = gl.where(expert < E, gl.cdiv(K, DEPTH), 0)
             strip = a_scale + m.to(gl.int64) * a_stride
@@ -204,16 +205,8 @@ def _grouped_fp8_gemm_hopper_kernel(
     """out [T, N] = a [T, K] @ b [E * N, K].T of each row's expert, descriptors of [64, 128], [64, 128] and [128, 128]
     numbers; out_ptr: out, contiguous. REGISTERS: of a multiplying thread."""
     BLOCK_M: gl.constexpr = ROWS * GROUPS * PIECES
-    a_ring = gl.allocate_shared_memory(a.dtype, [STAGES * GROUPS * PIECES, ROWS, DEPTH], a.layout)
-    b_ring = gl.allocate_shared_memory(b.dtype, [STAGES, COLUMNS, DEPTH], b.layout)
+    rings = _rings(a, b, GROUPS * PIECES, STAGES, GROUPS, 1)
     buffers = gl.allocate_shared_memory(out.dtype, [GROUPS, ROWS, COLUMNS], out.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=GROUPS)
-    fence_async_shared()
-    rings = (a_ring, b_ring, full, empty)
     scales = (a_scale, a_stride, a_k_stride, b_scale, b_expert, b_stride, b_k_stride)
     segments = (offsets, T, E, N)
     outs = (out, out_ptr)
@@ -249,7 +242,7 @@ def _tile_tokens(tile, offsets, N, K, BLOCK_M: gl.constexpr, STRIPE: gl.constexp
     there are."""
     tiles = gl.cdiv(N, BLOCK_M) * gl.cdiv(K, COLUMNS)
     expert = tile // tiles
-    n, k = _origin(tile % tiles, N, K, BLOCK_M, STRIPE)
+    n, k = _origin(tile % tiles, N, K, BLOCK_M, COLUMNS, STRIPE)
     start = gl.load(offsets + expert)
     return expert, n, k, start // DEPTH + expert, gl.cdiv(gl.load(offsets + expert + 1) - start, DEPTH)
 
@@ -329,7 +322,7 @@ def _multiply_tokens(
         if top + ROWS <= end:
             tma.async_copy_shared_to_global(out, [top, k], out_buffer)
         else:  # the next rows are another expert's
-            _store_some(out_ptr, out_buffer, top, k, end, K)
+            _store_some(out_ptr, out_buffer, top, k, end, K, COLUMNS)
     tma.store_wait(0)
 
 
@@ -342,17 +335,11 @@ def _grouped_fp8_gemm_wgrad_hopper_kernel(
     [64, 128] and [128, 128] numbers; out_ptr: out, contiguous. ADD: added to it. REGISTERS: of a multiplying thread."""
     BLOCK_M: gl.constexpr = 2 * ROWS
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
-    a_ring = gl.allocate_shared_memory(a.dtype, [2 * STAGES, ROWS, DEPTH], a.layout)
-    b_ring = gl.allocate_shared_memory(b.dtype, [STAGES, COLUMNS, DEPTH], b.layout)
+    a_ring, b_ring, full, empty = _rings(a, b, 2, STAGES, 2, 33)  # bulk copies are announced by one, and 32 threads
     a_scales = gl.allocate_shared_memory(gl.float32, [2 * STAGES, ROWS], FLAT)
     b_scales = gl.allocate_shared_memory(gl.float32, [STAGES, COLUMNS], FLAT)
     buffers = gl.allocate_shared_memory(out.dtype, [2, ROWS, COLUMNS], out.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     old = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=33)  # the bulk copies' announcement, and 32 threads
-        mbarrier.init(empty.index(stage), count=2)
     for group in gl.static_range(2):
         mbarrier.init(old.index(group), count=1)
     fence_async_shared()

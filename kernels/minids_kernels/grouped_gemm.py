@@ -280,6 +280,8 @@ def _sum_parts_kernel(parts_ptr, offsets_ptr, out_ptr, numbers, ROWS: tl.constex
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 PARTS, LEAST_PART = 8, 1024  # into how many a weight gradient's rows are divided at most, and rows of one at least
+PLAIN = {"TMA": True, "BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 4}
+PLAIN_OUTER = {"TMA": True, "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_T": 32, "GROUP": 8, "num_warps": 4, "num_stages": 4}
 COPIED = 1024  # columns of the other operand from which on tokens' rows are copied, where there are descriptors
 SUM_BLOCK = 1024  # numbers of a program that sums parts
 
@@ -300,6 +302,11 @@ def describable(x: Tensor) -> bool:
     return x.numel() > 0 and inner == 1 and whole and x.data_ptr() % 16 == 0
 
 
+def _by_hand(config: dict[str, Any], out: Tensor, *operands: Tensor) -> bool:
+    """Whether the launch table asks for Gluon's kernels, they can run, and descriptors can stand for what they move."""
+    return "DEPTH" in config and _launch.RUNS_GLUON and all(describable(x) for x in (out, *operands))
+
+
 def _triton_mm(
     x: Tensor, token: Tensor | None, w: Tensor, offsets: Tensor, y: Tensor,
     swiglu: tuple[Tensor, Tensor, Tensor] | None = None,
@@ -309,6 +316,15 @@ def _triton_mm(
     rows, (experts, width, depth) = len(x if token is None else token), w.shape
     small = rows <= SMALL
     config = dict(_config("small", x, w) if small else _config("many", x, w, rows=rows // max(1, experts), K=depth))
+    turned = w.stride(2) != 1
+    whole = swiglu is None or width % config["BLOCK_N"] == 0  # else a block of gate's columns would reach into up's
+    if whole and _by_hand(config, swiglu[2] if swiglu else y, x, w.transpose(1, 2) if turned else w):
+        from ._grouped_gemm_hopper import grouped
+
+        grouped(x, token, w, offsets, y, swiglu, **config)
+        return
+    if "DEPTH" in config:
+        config = dict(PLAIN)
     tma = config.pop("TMA", False)
     if small:
         config["BLOCK_M"] = max(16, triton.next_power_of_2(rows))
@@ -316,7 +332,6 @@ def _triton_mm(
     columns, pitches = triton.cdiv(width, n), (*x.stride(), *w.stride())
     meta = {**config, "GATHERED": token is not None, "EXPERTS": triton.next_power_of_2(experts + 1)}
     if not small:
-        turned = w.stride(2) != 1
         stored, block = (w.transpose(1, 2), [1, k, n]) if turned else (w, [1, n, k])
         if swiglu:
             stored, block = w.unflatten(1, (2, -1)), [1, 2, n // 2, k]
@@ -338,9 +353,18 @@ def _triton_outer(
     experts, down, across = out.shape
     rows = len(a if a_token is None else a_token)
     config = dict(_config("outer", a, b, M=down))
-    tma = config.pop("TMA", False)
-    if tma:
+    if "DEPTH" in config or config.get("TMA"):
         (a, a_token), (b, b_token) = _in_order(a, a_token, across), _in_order(b, b_token, down)
+    if "DEPTH" in config:
+        tiles = triton.cdiv(down, 128) * triton.cdiv(across, config["BLOCK_N"])
+        whole = _most_rows(rows, tiles, _launch.multiprocessors(out)) == 0
+        if whole and a_token is None and b_token is None and _by_hand(config, out, a, b):
+            from ._grouped_gemm_hopper import outer
+
+            outer(a, b, offsets, out, **config)
+            return
+        config = dict(PLAIN_OUTER)
+    tma = config.pop("TMA", False)
     a_tma, b_tma = (tma and token is None and describable(x) for x, token in ((a, a_token), (b, b_token)))
     m, n, t = (config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_T"))
     tiles = triton.cdiv(down, m) * triton.cdiv(across, n)

@@ -35,6 +35,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
 
 from tests.kernels.gluon_machine import (
     BITS,
@@ -89,16 +91,16 @@ class Mbarrier:
             running_group().pause(lambda: barrier.phase & 1 != parity, what)
 
 
-def _box(descriptor: TensorDescriptor, corner: Sequence[Any]) -> tuple[Tensor, tuple[slice, ...], tuple[slice, ...]]:
-    """The described tensor, and what a block at `corner` has of it: in the tensor, in the block."""
-    whole = descriptor.base.as_strided(descriptor.shape, descriptor.strides)
-    starts = [int(c) for c in corner]
-    ends = [
-        min(max(s + b, 0), size) for s, b, size in zip(starts, descriptor.block_shape, descriptor.shape, strict=True)
-    ]
-    begins = [min(max(s, 0), e) for s, e in zip(starts, ends, strict=True)]
-    inside = tuple(slice(b, e) for b, e in zip(begins, ends, strict=True))
-    return whole, inside, tuple(slice(b - s, e - s) for b, e, s in zip(begins, ends, starts, strict=True))
+def _box(descriptor: TensorDescriptor, corner: Sequence[Any]) -> tuple[Pointer, Block]:
+    """Addresses of a block at `corner`, and which of them the described tensor has."""
+    start = pointer(descriptor.base)
+    place, inside = start.place.x, torch.tensor(True)
+    bounds = zip(corner, descriptor.block_shape, descriptor.shape, descriptor.strides, strict=True)
+    for axis, (first, width, size, stride) in enumerate(bounds):
+        index = (int(first) + torch.arange(width)).view([-1 if i == axis else 1 for i in range(len(corner))])
+        inside = inside & (index >= 0) & (index < size)
+        place = place + index * stride  # in 64 bits, which wrap: ragged descriptors rely on it
+    return Pointer(start.storage, Block(place)), Block(inside)
 
 
 class Tma:
@@ -108,12 +110,10 @@ class Tma:
     ) -> None:
         pause()
         assert to.stored == source.block_shape and to.layout == source.layout and not to.turned
-        barrier, (whole, inside, within) = barrier_at(at), _box(source, corner)
+        barrier, (address, inside) = barrier_at(at), _box(source, corner)
 
         def copy() -> None:
-            block = torch.zeros(source.block_shape, dtype=whole.dtype)
-            block[within] = whole[inside]
-            to.write(block)
+            to.write(_numbers(address, inside, 0))
             barrier.land(to.size)
 
         if pred:
@@ -124,13 +124,17 @@ class Tma:
         pause()
         assert source.stored == target.block_shape and source.layout == target.layout and not source.turned
         source.check_fenced()
-        whole, inside, within = _box(target, corner)
-        running_group().queues["store"].append(lambda: whole[inside].copy_(source.read()[within]))
+        address, inside = _box(target, corner)
+        running_group().queues["store"].append(lambda: _put(address, inside, source.read()))
 
     @staticmethod
     def store_wait(pendings: int) -> None:
         pause()
         running_group().finish("store", int(pendings))
+
+
+def _committed() -> None:
+    """Ends a group of copies in the queue of them."""
 
 
 class AsyncCopy:
@@ -139,9 +143,19 @@ class AsyncCopy:
     @staticmethod
     def async_copy_global_to_shared(to: Shared, source: Pointer, mask: Any = None) -> None:
         pause()
-        place, kept = source.places(mask)
-        values = source.storage[place]
-        running_group().queues["copy"].append(lambda: to.write(values.where(kept, torch.zeros((), dtype=values.dtype))))
+        group, values = running_group(), _numbers(source, mask, 0)
+        group.queues["copy"].append(lambda: to.write_by(group, values))
+
+    @staticmethod
+    def commit_group() -> None:
+        running_group().queues["copy"].append(_committed)
+
+    @staticmethod
+    def wait_group(left: int) -> None:
+        pause()
+        queue = running_group().queues["copy"]
+        while queue.count(_committed) > int(left):
+            queue.popleft()()
 
     @staticmethod
     def mbarrier_arrive(at: Shared, increment_count: bool = True) -> None:
@@ -183,21 +197,33 @@ def _warpgroup_mma_wait(left: int, deps: Sequence[Any]) -> Any:
     return done[0] if len(done) == 1 else tuple(done)
 
 
+def _numbers(at: Pointer, mask: Any, hidden: float | None) -> Tensor:
+    """What lies there, and where masked `hidden`, or if None bytes that are no number."""
+    place, kept = at.places(mask)
+    bits = BITS[at.storage.itemsize]
+    other = torch.tensor([255] * at.storage.itemsize, dtype=torch.uint8).view(bits)
+    if hidden is not None:
+        other = torch.tensor([hidden], dtype=at.storage.dtype).view(bits)
+    if not at.storage.numel():
+        return other[0].expand(kept.shape).clone().view(at.storage.dtype)
+    found = torch.from_numpy(at.storage.view(bits).numpy().take(place.reshape(-1).numpy())).view(place.shape)
+    return found.where(kept, other[0]).view(at.storage.dtype)
+
+
 def _load(at: Pointer, mask: Any = None, other: Any = None) -> Block:
     pause()
+    return Block(_numbers(at, mask, other))
+
+
+def _put(at: Pointer, mask: Any, values: Tensor) -> None:
     place, kept = at.places(mask)
-    poison = torch.full((at.storage.itemsize,), 255, dtype=torch.uint8).view(at.storage.dtype)
-    hidden = poison if other is None else torch.tensor(other, dtype=at.storage.dtype)
-    if not at.storage.numel():
-        return Block(hidden.expand(kept.shape))
-    return Block(at.storage[place].where(kept, hidden).reshape(kept.shape))
+    bits = BITS[at.storage.itemsize]
+    at.storage.view(bits).numpy()[place[kept].numpy()] = values.expand(place.shape)[kept].view(bits).numpy()
 
 
 def _store(at: Pointer, block: Any, mask: Any = None) -> None:
     pause()
-    place, kept = at.places(mask)
-    values, bits = tensors(block)[0].to(at.storage.dtype).expand(place.shape), BITS[at.storage.itemsize]
-    at.storage.view(bits).numpy()[place[kept].numpy()] = values[kept].view(bits).numpy()
+    _put(at, mask, tensors(block)[0].to(at.storage.dtype))
 
 
 def _allocate(dtype: Any, shape: Sequence[int], layout: Any) -> Shared:
@@ -268,6 +294,10 @@ def _filled(shape: Sequence[int], value: Any, dtype: Any, layout: Any) -> Block:
     return Block(torch.full(list(shape), value, dtype=DTYPES[dtype]))
 
 
+def _exp(x: Block) -> Block:
+    return Block(torch.from_numpy(numpy.exp(x.x.numpy())))  # as Triton's interpreter does
+
+
 def _sum(x: Block, axis: int) -> Block:
     return Block(x.x.sum(axis, dtype=x.x.dtype))
 
@@ -307,7 +337,7 @@ MEANT = {
     id(thing): meant
     for thing, meant in (
         (gl, LANGUAGE),
-        (tl, types.SimpleNamespace(range=_range)),
+        (tl, types.SimpleNamespace(range=_range, exp=_exp)),
         (gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier, pause),  # renamed in Triton 3.7
         (hopper.mbarrier, Mbarrier),
         (hopper.tma, Tma),
@@ -319,18 +349,22 @@ MEANT = {
 }
 
 
-@functools.cache
-def _python(kernel: GluonJITFunction[Any]) -> Callable[..., Any]:
-    """The kernel's own code, to which the language's names mean what stands above."""
+PYTHON: dict[types.FunctionType, Callable[..., Any]] = {}
+
+
+def _python(function: types.FunctionType) -> Callable[..., Any]:
+    """A kernel's own code, to which the language's names mean what stands above."""
 
     def meant(value: Any) -> Any:
-        if isinstance(value, GluonJITFunction):
-            return _python(value)
+        if isinstance(value, JITFunction | InterpretedFunction):  # Gluon's are of the former, too
+            return _python(value.fn)
         return value.value if isinstance(value, gl.constexpr) else MEANT.get(id(value), value)
 
-    names, code = kernel.fn.__globals__, kernel.fn.__code__
-    scope = {name: meant(names[name]) for name in code.co_names if name in names} | {"range": _range}
-    return types.FunctionType(code, scope, kernel.fn.__name__, kernel.fn.__defaults__)
+    if function not in PYTHON:
+        names, code, scope = function.__globals__, function.__code__, {"range": _range}
+        PYTHON[function] = types.FunctionType(code, scope, function.__name__, function.__defaults__)
+        scope |= {name: meant(names[name]) for name in code.co_names if name in names}  # itself among them, perhaps
+    return PYTHON[function]
 
 
 def _given(value: Any) -> Any:
@@ -351,7 +385,7 @@ def interpreted(seed: int) -> Iterator[None]:
         if not isinstance(kernel, GluonJITFunction):
             _launch.run(kernel, grid, *args, num_warps=num_warps, **constants)
             return
-        call = functools.partial(_python(kernel), *(_given(arg) for arg in args), **constants)
+        call = functools.partial(_python(kernel.fn), *(_given(arg) for arg in args), **constants)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # else OpenMP keeps a second one busy for each group
         try:

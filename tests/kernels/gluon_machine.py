@@ -60,6 +60,13 @@ class Block:
     def reshape(self, shape: Sequence[int]) -> Block:
         return Block(self.x.reshape(shape))
 
+    def permute(self, order: Sequence[int]) -> Block:
+        return Block(self.x.permute(order))
+
+    def split(self) -> tuple[Block, Block]:
+        left, right = self.x.unbind(-1)
+        return Block(left), Block(right)
+
     def __index__(self) -> int:
         return int(self.x)
 
@@ -146,13 +153,14 @@ def pointer(x: Tensor) -> Pointer:
 @functools.cache
 def _places(shape: tuple[int, ...], itemsize: int, swizzle: int) -> numpy.ndarray:
     """Where the numbers of a buffer lie, counted in numbers. Swizzled: strips of `swizzle` bytes, whose rows' 16 bytes
-    change places."""
+    change places; all dimensions but the last count rows."""
     if not swizzle:
         return numpy.arange(math.prod(shape)).reshape(shape)
-    row, column = numpy.arange(shape[0])[:, None], numpy.arange(shape[1])[None] * itemsize
+    rows = math.prod(shape[:-1])
+    row, column = numpy.arange(rows)[:, None], numpy.arange(shape[-1])[None] * itemsize
     strip, within = column // swizzle, column % swizzle
     chunk = within // 16 ^ row // (128 // swizzle) % (swizzle // 16)
-    return ((strip * shape[0] + row) * swizzle + chunk * 16 + within % 16) // itemsize
+    return (((strip * rows + row) * swizzle + chunk * 16 + within % 16) // itemsize).reshape(shape)
 
 
 class Memory:
@@ -217,8 +225,12 @@ class Shared:
 
     def store(self, block: Block) -> None:
         pause()
-        self.write(block.x)
-        self.memory.unfenced.append((running_group(), self.start, self.start + self.size))
+        self.write_by(running_group(), block.x)
+
+    def write_by(self, group: Group, x: Tensor) -> None:
+        """As threads write, or their own copies: what descriptors' copies and products read needs a fence after it."""
+        self.write(x)
+        self.memory.unfenced.append((group, self.start, self.start + self.size))
 
     def check_fenced(self) -> None:
         for group, start, end in self.memory.unfenced:
