@@ -52,6 +52,7 @@ ROOM_MAY_IMPORT = {
     "_launch",
     "_fp8_gemm_hopper",
     "_grouped_fp8_gemm_hopper",
+    "_grouped_gemm_hopper",
     "_mla_attention_torch",
     "_mla_attention_triton",
     "_mla_decode_hopper",

@@ -36,6 +36,12 @@ EXPERTS, WIDTH, INNER = 8, 7168, 2048  # DeepSeek-V3's, on one of 32 devices
 GPU_SHAPES = [
     (8192, 4096, 7168, 8), (8192, 7168, 2048, 8), (8192, 4096, 7168, 32), (8192, 7168, 2048, 32), (256, 4096, 7168, 32),
 ]  # fmt: skip
+# launches of the kernels by hand, which no table has before they were measured
+BY_HAND = [
+    dict(BLOCK_N=columns, DEPTH=depth, PIECES=pieces, STAGES=8, STRIPE=stripe)
+    for columns, depth, pieces in ((256, 64, 2), (256, 64, 1), (256, 64, 4), (256, 32, 2), (128, 64, 1))
+    for stripe in (8, 16)
+]
 CPU_SHAPES = [(4096, 256, 256, 8), (4096, 256, 128, 8), (4096, 256, 256, 64)]
 SMALL_SHAPE = (256, 64, 64, 8)
 
@@ -107,9 +113,11 @@ def tuning(device: torch.device) -> dict[str, Tuning]:
 
         return run
 
+    by_hand = BY_HAND if _launch.arch(torch.empty(0, device=device)) == "sm_90" else []
+
     def many(shape: Mapping[str, int]) -> list[dict[str, Any]]:
         heights = (64, 128) if shape["rows"] > 64 else (16, 32, 64)
-        return combinations(
+        return by_hand + combinations(
             TMA=(True, False), BLOCK_M=heights, BLOCK_N=(128, 256), BLOCK_K=(64, 128), GROUP=(8,), num_warps=(4, 8),
             num_stages=(3, 4, 5),
         )  # fmt: skip
@@ -118,7 +126,7 @@ def tuning(device: torch.device) -> dict[str, Tuning]:
         return combinations(BLOCK_N=(64, 128), BLOCK_K=(64, 128, 256), num_warps=(4, 8), num_stages=(3, 4, 5))
 
     def outer(shape: Mapping[str, int]) -> list[dict[str, Any]]:
-        return combinations(
+        return by_hand + combinations(
             TMA=(True, False), BLOCK_M=(64, 128), BLOCK_N=(128, 256), BLOCK_T=(32, 64, 128), GROUP=(8,),
             num_warps=(4, 8), num_stages=(3, 4, 5),
         )  # fmt: skip
@@ -132,8 +140,8 @@ def tuning(device: torch.device) -> dict[str, Tuning]:
 
 def launches(arch: str, every: bool) -> list[tuple[str, Callable[[], Any]]]:
     """(label, call) pairs for benchmarks.aot: forward and both gradients, of tokens' rows as well, of DeepSeek-V3's
-    gate_up product with many rows and with decoding's few; with `every` at each entry of the tables, also those for
-    widths that are no multiples of 16."""
+    gate_up product with many rows and with decoding's few; for sm_90 those by hand, too; with `every` at each entry of
+    the tables and by hand each that may become one, also those for widths that are no multiples of 16."""
     sizes = {(512, WIDTH)}  # rows an expert, and K
     if every:
         shapes = [entry["shape"] for entry in _launch.entries("grouped_gemm", "many", arch)]
@@ -153,10 +161,26 @@ def launches(arch: str, every: bool) -> list[tuple[str, Callable[[], Any]]]:
         many = torch.empty(8192, 256, dtype=DTYPE)  # rows of few tiles, which are summed in parts
         grouped_outer(many, many, offsets)
 
+    def by_hand(config: Mapping[str, int]) -> None:
+        from minids_kernels._grouped_gemm_hopper import grouped, outer
+
+        tokens, inner = 512 * EXPERTS, 2 * INNER
+        x, y = torch.empty(tokens, WIDTH, dtype=DTYPE), torch.empty(tokens, inner, dtype=DTYPE)
+        w, offsets = torch.empty(EXPERTS, inner, WIDTH, dtype=DTYPE), torch.zeros(EXPERTS + 1, dtype=torch.int32)
+        token, out, weight = torch.zeros(tokens, dtype=torch.int64), y[:, :INNER].contiguous(), torch.empty(tokens)
+        for rows in (None, token):
+            grouped(x, rows, w, offsets, y, None, **config)
+            grouped(y, rows, w.transpose(1, 2), offsets, x, None, **config)
+        for kept in (y, y[:0]):
+            grouped(x, token, w, offsets, kept, (weight, token, out), **config)
+        for dtype in (DTYPE, torch.float32):
+            outer(y, x, offsets, torch.empty_like(w, dtype=dtype), **config)
+
     cases = [(count * EXPERTS, width) for count, width in sorted(sizes, reverse=True)] + [(8, WIDTH)]
     if every:
         cases += [(512 * EXPERTS, WIDTH - 8), (8, WIDTH - 8)]
+    hand = [] if arch != "sm_90" else BY_HAND if every else BY_HAND[:1]
     return [
         (f"T={tokens} K={width}", lambda tokens=tokens, width=width: both(tokens, width))  # type: ignore[misc]
         for tokens, width in cases
-    ]
+    ] + [("by hand", lambda config=config: by_hand(config)) for config in hand]  # type: ignore[misc]

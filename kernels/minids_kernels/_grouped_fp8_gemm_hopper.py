@@ -107,7 +107,8 @@ def _fetch(a, b, rings, segments, K, BLOCK_M: gl.constexpr, STRIPE: gl.constexpr
 def _store_some(out_ptr, out_buffer, m, n, end, N, BLOCK_N: gl.constexpr):
     """Rows from m up to `end` of a tile in shared memory to out [T, N], 16 bytes a thread."""
     WIDTH: gl.constexpr = 128 // out_ptr.dtype.element_ty.primitive_bitwidth
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, WIDTH], [WIDTH * 32 // BLOCK_N, BLOCK_N // WIDTH], [4, 1], [1, 0])
+    ACROSS: gl.constexpr = min(32, BLOCK_N // WIDTH)
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, WIDTH], [32 // ACROSS, ACROSS], [4, 1], [1, 0])
     row = (m + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))).expand_dims(1)
     column = (n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))).expand_dims(0)
     gl.store(out_ptr + row.to(gl.int64) * N + column, out_buffer.load(LAYOUT), mask=(row < end) & (column < N))

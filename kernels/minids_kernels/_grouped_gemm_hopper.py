@@ -402,9 +402,11 @@ def grouped(
     swiglu: tuple[Tensor, Tensor, Tensor] | None, *, BLOCK_N: int, DEPTH: int, PIECES: int, STAGES: int, STRIPE: int,
 ) -> None:  # fmt: skip
     """`grouped_gemm._triton_mm` in bf16 or fp16; K, E and T are 1 or more. Rows of x, w, y and `swiglu`'s rows start at
-    multiples of 16 bytes, one dimension of w is contiguous: the last for `swiglu`, where N is a multiple of BLOCK_N and
-    PIECES is 2 or more. STAGES: fewer are taken where results leave no room; 3 or more for tokens' rows."""
-    rows, (E, _, K), columns = len(x if token is None else token), w.shape, BLOCK_N // PIECES
+    multiples of 16 bytes, one dimension of w is contiguous: the last for `swiglu`, where N is a multiple of BLOCK_N.
+    STAGES: fewer are taken where results leave no room; 3 or more for tokens' rows."""
+    rows, (E, _, K) = len(x if token is None else token), w.shape
+    PIECES = max(2, PIECES) if swiglu else PIECES  # gate's and up's columns apart
+    columns = BLOCK_N // PIECES
     turned, keep = w.stride(2) != 1, len(y) == rows
     weight, pair, out = swiglu or (y, y, y)
     if swiglu:
