@@ -10,6 +10,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
     fence_async_shared,
     mbarrier,
     tma,
@@ -33,18 +34,35 @@ FAULTS = {  # and what must be said of it; where nothing is, wrong numbers will 
     "stores without a fence": "without a fence",
     "leaves before its store": "nobody waited",
     "reads a number too many": "outside the tensor",
+    "does not wait for its own copies": "without a fence",  # that was put before they were there
+    "does not fence its own copies": "without a fence",
+    "waits for all but two copies": "without a fence",
 }
 
 
 @gluon.jit
-def _fetch(a, b, a_ring, b_ring, full, empty, steps, FAULT: gl.constexpr):
+def _fetch(a, a_ptr, b, a_ring, b_ring, full, empty, steps, FAULT: gl.constexpr):
+    """a by descriptors, or where the fault is of that kind by the threads themselves."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
+    BY_THREADS: gl.constexpr = "copies" in FAULT
+    row = gl.arange(0, BLOCK, gl.SliceLayout(1, LAYOUT)).expand_dims(1)
     for step in range(steps):
         stage, phase = step % STAGES, step // STAGES & 1
         if FAULT != "does not wait for an empty buffer":
             mbarrier.wait(empty.index(stage), phase ^ 1)
-        mbarrier.expect(full.index(stage), BLOCK * BLOCK * (2 if FAULT == "announces too few bytes" else 4))
-        tma.async_copy_global_to_shared(a, [0, step * BLOCK], full.index(stage), a_ring.index(stage))
+        if BY_THREADS:
+            column = (gl.arange(0, BLOCK, gl.SliceLayout(0, LAYOUT)) + step * BLOCK).expand_dims(0)
+            async_copy.async_copy_global_to_shared(a_ring.index(stage), a_ptr + row * (steps * BLOCK) + column)
+            async_copy.commit_group()
+            if FAULT != "does not wait for its own copies":
+                async_copy.wait_group(2 if FAULT == "waits for all but two copies" else 0)
+            if FAULT != "does not fence its own copies":
+                fence_async_shared()
+        mbarrier.expect(full.index(stage), BLOCK * BLOCK * (2 if FAULT == "announces too few bytes" or BY_THREADS else 4))
+        if not BY_THREADS:
+            tma.async_copy_global_to_shared(a, [0, step * BLOCK], full.index(stage), a_ring.index(stage))
         tma.async_copy_global_to_shared(b, [0, step * BLOCK], full.index(stage), b_ring.index(stage))
+    async_copy.wait_group(0)
 
 
 @gluon.jit
@@ -75,7 +93,7 @@ def _multiply(out, buffer, a_ring, b_ring, full, empty, steps, FAULT: gl.constex
 
 
 @gluon.jit
-def _kernel(a, b, out, counts, FAULT: gl.constexpr):
+def _kernel(a, a_ptr, b, out, counts, FAULT: gl.constexpr):
     """out [64, 64] = a [64, 64 * steps] @ b [64, 64 * steps].T, steps = counts[0]."""
     steps = gl.load(counts + (1 if FAULT == "reads a number too many" else 0))
     a_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK, BLOCK], a.layout)
@@ -90,7 +108,7 @@ def _kernel(a, b, out, counts, FAULT: gl.constexpr):
     gl.warp_specialize(
         [
             (_multiply, (out, buffer, a_ring, b_ring, full, empty, steps, FAULT)),
-            (_fetch, (a, b, a_ring, b_ring, full, empty, steps, FAULT)),
+            (_fetch, (a, a_ptr, b, a_ring, b_ring, full, empty, steps, FAULT)),
         ],
         [1],
         [40],
@@ -108,12 +126,13 @@ def run(seed: int, fault: str) -> bool:
     a, b = torch.randn(2, 64, 64 * 5).bfloat16()
     out = torch.full((64, 64), torch.nan, dtype=torch.bfloat16)
     with interpreted(seed):
-        _launch.launch(_kernel, (1,), described(a), described(b), described(out), counts, FAULT=fault)
+        _launch.launch(_kernel, (1,), described(a), a, described(b), described(out), counts, FAULT=fault)
     return torch.allclose(out.float(), a.float() @ b.float().T, rtol=2**-8, atol=1e-4)
 
 
-def test_right_in_any_order() -> None:
-    assert all(run(seed, "") for seed in range(50))
+@pytest.mark.parametrize("copies", ["", "its own copies are right"])
+def test_right_in_any_order(copies: str) -> None:
+    assert all(run(seed, copies) for seed in range(50))
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 from benchmarks.aot import record
+from tests.kernels.gluon_interpreter import interpreted
 from tests.kernels.numerics import LAYOUTS, MODES, assert_near, check, error_bound, poisoned_memory, run
 
 room = importlib.import_module("minids_kernels.grouped_gemm")
@@ -247,6 +250,145 @@ def test_no_count_leaves_the_device(tokens: int) -> None:
         names = [launch.kernel.__name__ for launch in record(calls, "sm_90")]
     assert names == [f"_grouped_gemm_{'small_' * (tokens <= 32)}kernel", "_grouped_outer_kernel"]
 
+
+# --- by hand ----------------------------------------------------------------------------------------------------------
+
+BY_HAND = {
+    "whole results": dict(BLOCK_N=128, DEPTH=64, PIECES=1, STAGES=8, STRIPE=2),
+    "pieces": dict(BLOCK_N=256, DEPTH=64, PIECES=2, STAGES=8, STRIPE=8),
+    "short steps, small pieces": dict(BLOCK_N=256, DEPTH=32, PIECES=4, STAGES=4, STRIPE=2),
+    "few buffers": dict(BLOCK_N=128, DEPTH=32, PIECES=2, STAGES=3, STRIPE=1),
+}
+
+
+def use(config: Mapping[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_launch, "BACKEND", "triton")
+    monkeypatch.setattr(_launch, "config", lambda *_, **__: config)
+
+
+def products(counts: Sequence[int], spare: int, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, what a kernel gives, the same in fp64) of every way that experts' products are taken: rows in order and of
+    tokens, weights as stored and turned, with SwiGLU and without; weights' gradients. What must not be read, rows of
+    nobody and of other tokens, is NaN, and so are weights of experts without rows."""
+    experts, rows, width, inner, depth = len(counts), sum(counts) + spare, 272, 512, 144
+    offsets, live = offsets_of(counts, device), sum(counts)
+    bounds = list(itertools.pairwise(offsets.tolist()))
+    idle = torch.tensor(counts, device=device) == 0
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
+    def weights(n: int, k: int) -> Tensor:
+        return (normal(experts, n, k) / math.sqrt(k)).masked_fill(idle[:, None, None], torch.nan)
+
+    def product(x: Tensor, w: Tensor) -> Tensor:
+        """In fp64; zero for rows of nobody."""
+        pieces = [x[start:end].double() @ w[e].double().T for e, (start, end) in enumerate(bounds)]
+        return torch.cat([*pieces, torch.zeros(spare, w.shape[1], dtype=torch.float64, device=device)])
+
+    x, dy, of_tokens = normal(rows, depth), normal(rows, width), torch.full((100, depth), torch.nan, device=device)
+    x[live:], dy[live:], of_tokens = torch.nan, torch.nan, of_tokens.to(dtype)
+    of_tokens[::2] = normal(50, depth)
+    token = 2 * torch.randint(50, (rows,), device=device)
+    for name, w in (("as stored", weights(width, depth)), ("turned", weights(depth, width).transpose(1, 2))):
+        yield name, room.grouped_mm(x, w, offsets), product(x, w)
+        yield f"tokens' rows, {name}", room.grouped_mm(of_tokens, w, offsets, token), product(of_tokens[token], w)
+    w, weight, pair = weights(inner, depth), torch.rand(rows, device=device), torch.randperm(rows, device=device)
+    gate_up = product(of_tokens[token], w)
+    gate, up = gate_up.chunk(2, 1)
+    activated = torch.nn.functional.silu(gate) * up * weight[pair, None]
+    for keep in (True, False):
+        out, kept = room.grouped_swiglu(of_tokens, w, offsets, token, weight, pair, keep)
+        yield f"SwiGLU, {keep}", out, activated
+        if keep:
+            yield "gate and up", kept, gate_up
+    outer = torch.stack([dy[start:end].double().T @ x[start:end].double() for start, end in bounds])
+    for kind in (dtype, torch.float32):
+        yield f"weights' gradient in {kind}", room.grouped_outer(dy, x, offsets, dtype=kind), outer
+
+
+def check_by_hand(counts: Sequence[int], spare: int, device: torch.device, seeds: Sequence[int]) -> None:
+    """The same bits each time, near the exact ones. 3 roundings: gate's or up's, the weight's product, the result's."""
+    bound = error_bound(torch.float16, 3, 1) + error_bound(torch.float32, 2, max(144, *counts))
+    first: dict[str, Tensor] = {}
+    for seed in seeds:
+        torch.manual_seed(1)
+        emulated = interpreted(seed) if device.type == "cpu" else contextlib.nullcontext()
+        with emulated, poisoned_memory():
+            for name, got, want in products(counts, spare, torch.float16, device):
+                assert_near(got, want, bound, name, floor=float(got.numel() < 50))
+                assert torch.equal(first.setdefault(name, got), got), name
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU orders its warps itself")
+@pytest.mark.parametrize("config", BY_HAND.values(), ids=BY_HAND)
+@pytest.mark.parametrize(
+    ("counts", "spare"), [([70, 0, 1, 200, 0, 64], 70), ([0, 129, 0], 9), ([40], 0), ([0, 0], 35)], ids=str
+)
+def test_by_hand_in_any_order(
+    counts: list[int], spare: int, config: Mapping[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever warps go ahead, however late a copy or product is."""
+    use(config, monkeypatch)
+    monkeypatch.setattr(_launch, "multiprocessors", lambda x: 2)
+    check_by_hand(counts, spare, torch.device("cpu"), range(3))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU orders its warps itself")
+@settings(max_examples=8, deadline=None)
+@given(
+    counts=st.lists(st.one_of(st.just(0), st.integers(1, 150)), min_size=1, max_size=5).filter(any),
+    spare=st.integers(0, 70), programs=st.integers(1, 3), seed=st.integers(0, 2**16),
+)  # fmt: skip
+def test_by_hand_any_counts(counts: list[int], spare: int, programs: int, seed: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        use(BY_HAND["few buffers"], patch)
+        patch.setattr(_launch, "multiprocessors", lambda x: programs)
+        check_by_hand(counts, max(spare, 33 - sum(counts)), torch.device("cpu"), [seed])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", BY_HAND.values(), ids=BY_HAND)
+@pytest.mark.parametrize(
+    "counts", [[512] * 8, [3000, 0, 1, 500, 64, 0, 131, 1000], [0, 4096, 0], [192, 128, 64, 65, 63]], ids=str
+)
+def test_by_hand_on_a_gpu(counts: list[int], config: Mapping[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("for Hopper alone")
+    use(config, monkeypatch)
+    monkeypatch.setattr(room, "_most_rows", lambda *_: 0)
+    check_by_hand(counts, 70, torch.device("cuda"), range(3))
+
+
+def test_what_goes_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the table says so, what descriptors can stand for; else the kernel of any chip."""
+    use(BY_HAND["pieces"], monkeypatch)
+    monkeypatch.setattr(_launch, "RUNS_GLUON", True)
+    wide, narrow, w = (torch.empty(4096, n, dtype=torch.float16) for n in (4096, 512, 512))
+    odd, offsets, token = torch.empty(4096, 516, dtype=torch.float16)[:, :512], torch.empty(9).int(), torch.zeros(4096)
+    pair, token = token.long(), token.long()
+    stored, turned = w.view(8, 512, 512), w.view(8, 512, 512).transpose(1, 2)
+    calls: dict[str, Callable[[], Any]] = {
+        "rows": lambda: room.grouped_mm(narrow, stored, offsets),
+        "turned": lambda: room.grouped_mm(narrow, turned, offsets),
+        "tokens": lambda: room.grouped_mm(narrow, stored, offsets, token),
+        "SwiGLU": lambda: room.grouped_swiglu(narrow, stored, offsets, token, pair, pair, False),
+        "outer": lambda: room.grouped_outer(wide, wide, offsets),
+        "outer of copied rows": lambda: room.grouped_outer(wide, wide, offsets, b_token=token),
+        "rows off 16 bytes": lambda: room.grouped_mm(odd, stored, offsets),
+        "result off 16 bytes": lambda: room.grouped_mm(narrow, stored[:, :500], offsets),
+        "SwiGLU, half a block": lambda: room.grouped_swiglu(narrow, stored[:, :384], offsets, token, pair, pair, False),
+        "outer of tokens' rows": lambda: room.grouped_outer(narrow, wide, offsets, b_token=token),
+        "outer of few tiles": lambda: room.grouped_outer(narrow, narrow, offsets),
+    }
+    names = {
+        name: [launch.kernel.__name__ for launch in record([(name, call)], "sm_90")][0] for name, call in calls.items()
+    }
+    by_hand = {name for name, kernel in names.items() if kernel.endswith("_hopper_kernel")}
+    assert by_hand == set(list(calls)[:6]), names
+
+
+# --- descriptors ------------------------------------------------------------------------------------------------------
 
 HALF = torch.empty(64, 64, dtype=torch.float16)
 

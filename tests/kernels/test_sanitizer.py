@@ -83,6 +83,21 @@ def experts(device: torch.device, tokens: int, fp8: bool) -> None:
     trained(added, half_precision(tokens, WIDTH, device=device), x, weight, w_gate_up, w_down)
 
 
+def by_hand(device: torch.device) -> None:
+    """`grouped_gemm`'s products as no table has them yet: rows in order and tokens', both gradients."""
+    module = importlib.import_module("minids_kernels._grouped_gemm_hopper")
+    config = dict(BLOCK_N=128, DEPTH=64, PIECES=2, STAGES=4, STRIPE=8)
+    offsets, token = OFFSETS.to(device), torch.arange(ROWS, device=device)
+    x, dy = half_precision(ROWS, WIDTH, device=device), half_precision(ROWS, 2 * INNER, device=device)
+    w = half_precision(EXPERTS, 2 * INNER, WIDTH, device=device)
+    activated = torch.empty(ROWS, INNER, dtype=BF16, device=device)
+    for rows in (None, token):
+        module.grouped(x, rows, w, offsets, torch.empty_like(dy), None, **config)
+        module.grouped(dy, rows, w.transpose(1, 2), offsets, torch.empty_like(x), None, **config)
+    module.grouped(x, token, w, offsets, torch.empty_like(dy), (torch.rand(ROWS).to(device), token, activated), **config)
+    module.outer(dy, x, offsets, torch.empty_like(w), **config)
+
+
 def every_kernel(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
     """(name, call) pairs that launch each kernel, on chips that have several forms of one those that tables choose."""
 
@@ -142,6 +157,8 @@ def every_kernel(device: torch.device) -> Iterator[tuple[str, Callable[[], objec
             torch.tensor([0, 3, 3, 8, 12], dtype=torch.int32, device=device),
         ),
     )
+    if _launch.arch(x) == "sm_90":
+        yield "grouped product by hand", lambda: by_hand(device)
     yield "fp8 grouped product, masked", lambda: masked(device)
     for tokens in (8, 600):
         yield f"experts, {tokens} tokens", lambda tokens=tokens: experts(device, tokens, fp8=False)
