@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 from benchmarks.aot import record
+from tests.kernels.gluon_interpreter import interpreted
 from tests.kernels.numerics import MODES, assert_near, check, error_bound, poisoned_memory, run
 
 room = importlib.import_module("minids_kernels.moe")
@@ -86,6 +88,35 @@ def test_experts_agree_with_a_loop(
         pytest.skip("Triton's interpreter takes bf16 operands of tl.dot for integers")
     tokens, _, _, experts, top_k = size
     check_routing(route(tokens, experts, top_k), inputs(*size), mode, device=device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU orders its warps itself")
+def test_experts_by_hand_agree_with_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every product of the layer and of its gradients by `_grouped_gemm_hopper`."""
+    real, names = _launch.config, []
+    by_hand = dict(BLOCK_N=128, DEPTH=32, PIECES=2, STAGES=4, STRIPE=2)
+
+    def config(room: str, kernel: str, arch: str, **shape: int) -> dict[str, Any]:
+        return by_hand if room == "grouped_gemm" else real(room, kernel, arch, **shape)
+
+    monkeypatch.setattr(_launch, "BACKEND", "triton")
+    monkeypatch.setattr(_launch, "config", config)
+    monkeypatch.setattr(_launch, "multiprocessors", lambda x: 2)
+    monkeypatch.setattr(importlib.import_module("minids_kernels.grouped_gemm"), "COPIED", 1)
+    with interpreted(0):
+        emulated = _launch._launched_by
+
+        def launched(kernel: Any, *args: Any, **kwargs: Any) -> None:
+            names.append(kernel.fn.__name__)
+            emulated(kernel, *args, **kwargs)
+
+        with _launch.launched_by(launched):
+            check_routing(route(70, 5, 2), inputs(70, 64, 128, 5, 2), "fp16")
+    products = [name for name in names if name.startswith(("_grouped_gemm", "_grouped_outer"))]
+    assert {name: products.count(name) for name in products} == {
+        "_grouped_gemm_hopper_kernel": 2 + 2 + 2,  # the forward once more, without gradients
+        "_grouped_outer_hopper_kernel": 2,
+    }
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
