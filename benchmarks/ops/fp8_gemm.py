@@ -19,6 +19,7 @@ from minids_kernels import (
     fp8_linear,
     quantize_blocks,
     quantize_tiles,
+    quantize_tiles_transposed,
 )
 from torch import Tensor
 
@@ -123,8 +124,11 @@ def _product(m: int, n: int, k: int, wgrad: bool, device: torch.device) -> Case:
     blocks, out_dtype = not wgrad, torch.float32 if wgrad else torch.bfloat16
 
     def make() -> Inputs:
+        if wgrad:  # of k tokens, as a layer has them
+            dy, x = (normal(k, width, device=device, dtype=torch.bfloat16) for width in (m, n))
+            return Inputs((*quantize_tiles_transposed(dy), *quantize_tiles_transposed(x)))
         a, b = (normal(rows, k, device=device, dtype=torch.bfloat16) for rows in (m, n))
-        return Inputs((*quantize_tiles(a), *(quantize_blocks if blocks else quantize_tiles)(b)))
+        return Inputs((*quantize_tiles(a), *quantize_blocks(b)))
 
     ours, reference = (fp8_gemm_wgrad, fp8_gemm_wgrad_reference) if wgrad else (fp8_gemm, fp8_gemm_reference)
     peers = {
@@ -228,7 +232,7 @@ def _forward(m: int, n: int, out_dtype: torch.dtype) -> None:
 def _wgrad(m: int, n: int, add: bool) -> None:
     groups = K // 128
     a, b = torch.empty(m, K, dtype=E4M3), torch.empty(n, K, dtype=E4M3)
-    fp8_gemm_wgrad(a, torch.empty(m, groups), b, torch.empty(n, groups), torch.empty(m, n) if add else None)
+    fp8_gemm_wgrad(a, torch.empty(groups, m).T, b, torch.empty(groups, n).T, torch.empty(m, n) if add else None)
 
 
 def launches(arch: str, every: bool) -> list[tuple[str, Callable[[], Any]]]:

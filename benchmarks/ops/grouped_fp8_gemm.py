@@ -193,8 +193,8 @@ def _masked(rows: int) -> None:
 
 
 def _wgrad(tokens: int, add: bool) -> None:
-    columns = (tokens // 128 + EXPERTS) * 128
-    a, b = _operand(2 * INNER, columns, rows=1), _operand(WIDTH, columns, rows=1)
+    groups = tokens // 128 + EXPERTS
+    a, b = ((torch.empty(n, groups * 128, dtype=E4M3), torch.empty(groups, n).T) for n in (2 * INNER, WIDTH))
     out = torch.empty(EXPERTS, 2 * INNER, WIDTH) if add else None
     grouped_fp8_gemm_wgrad(*a, *b, torch.zeros(EXPERTS + 1, dtype=torch.int32), out)
 

@@ -10,8 +10,8 @@ arrive while the last one is stored.
 
 A multiplying thread of the forward fetches its scales itself, two steps ahead: two of a's rows a piece, one of b's
 block. In the weight gradient it needs those of 32 of b's rows, too. Scales come there with the codes, in rings beside
-theirs, filled by a warp of its own; each of its 32 threads arrives on `full`, too. A piece reads them while its product
-is made.
+theirs, a step's in one piece each: of one group of 128 they lie side by side. A piece reads them while its product is
+made.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
     fence_async_shared,
     mbarrier,
     tma,
@@ -73,11 +72,11 @@ def _barriers(STAGES: gl.constexpr, GROUPS: gl.constexpr, ARRIVALS: gl.constexpr
 
 
 @gluon.jit
-def _rings(a, b, STRIPS: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, ARRIVALS: gl.constexpr):
+def _rings(a, b, STRIPS: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr):
     """Buffers of a's codes, STRIPS of 64 rows a stage, and of b's, and their barriers."""
     a_ring = gl.allocate_shared_memory(a.dtype, [STAGES * STRIPS, ROWS, DEPTH], a.layout)
     b_ring = gl.allocate_shared_memory(b.dtype, [STAGES, COLUMNS, DEPTH], b.layout)
-    full, empty = _barriers(STAGES, GROUPS, ARRIVALS)
+    full, empty = _barriers(STAGES, GROUPS, 1)
     return a_ring, b_ring, full, empty
 
 
@@ -182,7 +181,7 @@ def _fp8_gemm_hopper_kernel(
 ):  # fmt: skip
     """out [M, N] = a [M, K] @ b [N, K].T, descriptors of [64, 128], [64, 128] and [128, 128] numbers. REGISTERS: of a
     multiplying thread."""
-    rings = _rings(a, b, GROUPS * PIECES, STAGES, GROUPS, 1)
+    rings = _rings(a, b, GROUPS * PIECES, STAGES, GROUPS)
     out_buffers = gl.allocate_shared_memory(out.dtype, [GROUPS, ROWS, COLUMNS], out.layout)
     scales = (a_scale, a_stride, a_k_stride, b_scale, b_stride, b_k_stride)
     shape = (M, N, K)
@@ -213,29 +212,41 @@ def _fp8_gemm_hopper_kernel(
 
 
 @gluon.jit
-def _fetch_scales(scales, scale_rings, shape, STRIPS: gl.constexpr, STRIPE: gl.constexpr, STAGES: gl.constexpr):
-    """One warp: scales of all steps into the rings beside the codes', [64] of a strip of a's rows, [128] of b's. Each
-    thread's arrival on `full` comes when its copies have."""
-    a_scales, b_scales, full, empty = scale_rings
-    a_scale, a_stride, a_k_stride, b_scale, b_stride, b_k_stride = scales
+def _scale_rings(a_scale, b_scale, STAGES: gl.constexpr):
+    """Buffers for scales of a step: those of a tile's rows of a, and of b."""
+    a_scales = gl.allocate_shared_memory(gl.float32, [STAGES] + a_scale.block_shape, a_scale.layout)
+    b_scales = gl.allocate_shared_memory(gl.float32, [STAGES] + b_scale.block_shape, b_scale.layout)
+    return a_scales, b_scales
+
+
+@gluon.jit
+def _scales_in(buffer, strip, layout: gl.constexpr, STRIPS: gl.constexpr, SIZE: gl.constexpr):
+    """Scales of one of the STRIPS of SIZE rows of a tile."""
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
+    return buffer._reinterpret(gl.float32, [STRIPS, SIZE], FLAT).index(strip).load(layout)
+
+
+@gluon.jit
+def _fetch_wgrad(
+    a, a_scale, b, b_scale, rings, shape, STRIPS: gl.constexpr, STRIPE: gl.constexpr, STAGES: gl.constexpr
+):
+    """The fetching warp: codes and scales of all tiles of this program, in order, into the rings."""
+    a_ring, b_ring, a_scales, b_scales, full, empty = rings
     M, N, K = shape
     BLOCK_M: gl.constexpr = STRIPS * ROWS
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     stage, phase = gl.to_tensor(0), gl.to_tensor(0)
     for tile in range(gl.program_id(0), gl.cdiv(M, BLOCK_M) * gl.cdiv(N, COLUMNS), gl.num_programs(0)):
         m, n = _origin(tile, M, N, BLOCK_M, COLUMNS, STRIPE)
-        strip_scales, columns = a_scale + m.to(gl.int64) * a_stride, b_scale + n.to(gl.int64) * b_stride
-        column = gl.minimum(gl.arange(0, COLUMNS, LAYOUT), N - 1 - n) * b_stride
-        rows: gl.tuple = ()
-        for strip in gl.static_range(STRIPS):
-            rows += (gl.minimum(strip * ROWS + gl.arange(0, ROWS, LAYOUT), M - 1 - m) * a_stride,)
-        for k in range(gl.cdiv(K, DEPTH)):
+        for group in range(gl.cdiv(K, DEPTH)):
+            bar = full.index(stage)
             mbarrier.wait(empty.index(stage), phase ^ 1)
-            async_copy.async_copy_global_to_shared(b_scales.index(stage), columns + k * b_k_stride + column)
+            mbarrier.expect(bar, (BLOCK_M + COLUMNS) * (DEPTH + 4))
+            tma.async_copy_global_to_shared(b, [n, group * DEPTH], bar, b_ring.index(stage))
+            tma.async_copy_global_to_shared(b_scale, [group, n], bar, b_scales.index(stage))
+            tma.async_copy_global_to_shared(a_scale, [group, m], bar, a_scales.index(stage))
             for strip in gl.static_range(STRIPS):
-                part = a_scales.index(stage * STRIPS + strip)
-                async_copy.async_copy_global_to_shared(part, strip_scales + k * a_k_stride + rows[strip])
-            async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+                part = a_ring.index(stage * STRIPS + strip)
+                tma.async_copy_global_to_shared(a, [m + strip * ROWS, group * DEPTH], bar, part)
             stage, phase = _next(stage, phase, STAGES)
 
 
@@ -247,12 +258,14 @@ def _multiply_wgrad(
     """Four warps: rows [GROUP * PIECES * 64, (GROUP + 1) * PIECES * 64) of all tiles of this program, 64 at a time,
     stored from their registers."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
+    BY_ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    BY_COLUMN: gl.constexpr = gl.SliceLayout(0, LAYOUT)
     BLOCK_M: gl.constexpr = GROUPS * PIECES * ROWS
     out, m_stride, n_stride = target
     a_ring, b_ring, a_scales, b_scales, full, empty = rings
     M, N, K = shape
-    row = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)).expand_dims(1)
-    column = gl.arange(0, COLUMNS, gl.SliceLayout(0, LAYOUT)).expand_dims(0)
+    row = gl.arange(0, ROWS, BY_ROW).expand_dims(1)
+    column = gl.arange(0, COLUMNS, BY_COLUMN).expand_dims(0)
     zeros = gl.zeros([ROWS, COLUMNS], gl.float32, LAYOUT)
     stage, phase = gl.to_tensor(0), gl.to_tensor(0)
     for tile in range(gl.program_id(0), gl.cdiv(M, BLOCK_M) * gl.cdiv(N, COLUMNS), gl.num_programs(0)):
@@ -268,8 +281,9 @@ def _multiply_wgrad(
                 strip = (stage * GROUPS + GROUP) * PIECES + piece
                 right = b_ring.index(stage).permute((1, 0))
                 product = warpgroup_mma(a_ring.index(strip), right, zeros, use_acc=False, is_async=True)
-                a_factors = a_scales.index(strip).load(gl.SliceLayout(1, LAYOUT)).expand_dims(1)
-                b_factors = b_scales.index(stage).load(gl.SliceLayout(0, LAYOUT)).expand_dims(0)
+                own = GROUP * PIECES + piece
+                a_factors = _scales_in(a_scales.index(stage), own, BY_ROW, GROUPS * PIECES, ROWS).expand_dims(1)
+                b_factors = _scales_in(b_scales.index(stage), 0, BY_COLUMN, 1, COLUMNS).expand_dims(0)
                 product = warpgroup_mma_wait(0, deps=(product,))
                 if piece == PIECES - 1:
                     mbarrier.arrive(empty.index(stage), count=1)
@@ -289,17 +303,15 @@ def _multiply_wgrad(
 
 @gluon.jit
 def _fp8_gemm_wgrad_hopper_kernel(
-    a, a_scale, b, b_scale, out, M, N, K, a_stride, a_k_stride, b_stride, b_k_stride, m_stride, n_stride,
+    a, a_scale, b, b_scale, out, M, N, K, m_stride, n_stride,
     ADD: gl.constexpr, STRIPE: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, PIECES: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """out [M, N] = a [M, K] @ b [N, K].T, with ADD added to it. a and b are descriptors as the forward's."""
-    FLAT: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
-    a_ring, b_ring, full, empty = _rings(a, b, GROUPS * PIECES, STAGES, GROUPS, 33)
-    a_scales = gl.allocate_shared_memory(gl.float32, [STAGES * GROUPS * PIECES, ROWS], FLAT)
-    b_scales = gl.allocate_shared_memory(gl.float32, [STAGES, COLUMNS], FLAT)
+    """out [M, N] = a [M, K] @ b [N, K].T, with ADD added to it. a and b are descriptors as the forward's, scales those
+    of [K / 128, M] and [K / 128, N], of a tile's in one row."""
+    a_ring, b_ring, full, empty = _rings(a, b, GROUPS * PIECES, STAGES, GROUPS)
+    a_scales, b_scales = _scale_rings(a_scale, b_scale, STAGES)
     rings = (a_ring, b_ring, a_scales, b_scales, full, empty)
-    scales = (a_scale, a_stride, a_k_stride, b_scale, b_stride, b_k_stride)
     shape = (M, N, K)
     target = (out, m_stride, n_stride)
     gl.static_assert(GROUPS == 2)  # three groups' threads have too few registers for b's scales
@@ -307,11 +319,10 @@ def _fp8_gemm_wgrad_hopper_kernel(
         [
             (_multiply_wgrad, (target, rings, shape, 0, GROUPS, PIECES, ADD, STRIPE, STAGES)),
             (_multiply_wgrad, (target, rings, shape, 1, GROUPS, PIECES, ADD, STRIPE, STAGES)),
-            (_fetch, (a, b, (a_ring, b_ring, full, empty), shape, GROUPS * PIECES, STRIPE, STAGES)),
-            (_fetch_scales, (scales, (a_scales, b_scales, full, empty), shape, GROUPS * PIECES, STRIPE, STAGES)),
+            (_fetch_wgrad, (a, a_scale, b, b_scale, rings, shape, GROUPS * PIECES, STRIPE, STAGES)),
         ],
-        [4, 1, 1],
-        [REGISTERS, FETCH_REGISTERS, FETCH_REGISTERS],
+        [4, 1],
+        [REGISTERS, FETCH_REGISTERS],
     )
 
 
@@ -329,6 +340,16 @@ def _descriptor(x: Tensor, *block: int) -> TensorDescriptor:
     """x, in blocks of that shape."""
     layout = gl.NVMMASharedLayout.get_default_for(list(block), DTYPES[x.dtype])
     return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block), layout)
+
+
+def _of_groups(scale: Tensor, rows: int) -> TensorDescriptor:
+    """Scales [R, G] as [G, R], in blocks of so many rows' of one group: of where they lie, if neighbours are side by
+    side and groups start at multiples of 16 bytes, else of a copy."""
+    scale = scale.T
+    if scale.stride(1) != 1 or scale.stride(0) % 4 or scale.data_ptr() % 16:
+        groups, width = scale.shape
+        scale = scale.new_empty(groups, triton.cdiv(width, 4) * 4)[:, :width].copy_(scale)
+    return _descriptor(scale, 1, rows)
 
 
 def gemm(
@@ -364,8 +385,8 @@ def gemm_wgrad(
     tiles = triton.cdiv(M, rows) * triton.cdiv(N, 128)
     _launch.launch(
         _fp8_gemm_wgrad_hopper_kernel, (min(tiles, _launch.multiprocessors(a)),),
-        _descriptor(a, 64, 128), a_scale, _descriptor(b, 128, 128), b_scale, out,
-        M, N, K, *a_scale.stride(), *b_scale.stride(), *out.stride(),
+        _descriptor(a, 64, 128), _of_groups(a_scale, rows), _descriptor(b, 128, 128), _of_groups(b_scale, 128), out,
+        M, N, K, *out.stride(),
         ADD=add, STRIPE=STRIPE, STAGES=min(STAGES, stages), GROUPS=GROUPS, PIECES=PIECES,
         REGISTERS=REGISTERS[GROUPS], num_warps=4,
     )  # fmt: skip

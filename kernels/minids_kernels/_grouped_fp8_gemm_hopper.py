@@ -8,7 +8,7 @@ last one's on, and leaves numbers past the last tile out: all warps see the same
 them in step at the ring. Strips of 64 rows behind the segment's end are not fetched: a group multiplies those of its
 PIECES that are there, and lets go of the buffers where none is, which leaves the tensor cores to the others.
 
-The weight gradient's operands have scales of each row and each column of a tile: these pass through the ring, too.
+The weight gradient's operands have scales of each row and each column of a tile: these pass through rings, too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
     fence_async_shared,
     mbarrier,
     tma,
@@ -35,9 +34,12 @@ from ._fp8_gemm_hopper import (
     SHARED,
     _descriptor,
     _next,
+    _of_groups,
     _origin,
     _promote,
     _rings,
+    _scale_rings,
+    _scales_in,
 )
 from ._launch import triton
 
@@ -206,7 +208,7 @@ def _grouped_fp8_gemm_hopper_kernel(
     """out [T, N] = a [T, K] @ b [E * N, K].T of each row's expert, descriptors of [64, 128], [64, 128] and [128, 128]
     numbers; out_ptr: out, contiguous. REGISTERS: of a multiplying thread."""
     BLOCK_M: gl.constexpr = ROWS * GROUPS * PIECES
-    rings = _rings(a, b, GROUPS * PIECES, STAGES, GROUPS, 1)
+    rings = _rings(a, b, GROUPS * PIECES, STAGES, GROUPS)
     buffers = gl.allocate_shared_memory(out.dtype, [GROUPS, ROWS, COLUMNS], out.layout)
     scales = (a_scale, a_stride, a_k_stride, b_scale, b_expert, b_stride, b_k_stride)
     segments = (offsets, T, E, N)
@@ -250,32 +252,25 @@ def _tile_tokens(tile, offsets, N, K, BLOCK_M: gl.constexpr, STRIPE: gl.constexp
 
 @gluon.jit
 def _fetch_tokens(
-    a, b, offsets, rings, scales, shape, BLOCK_M: gl.constexpr, STRIPE: gl.constexpr, STAGES: gl.constexpr
+    a, a_scale, b, b_scale, offsets, rings, shape, BLOCK_M: gl.constexpr, STRIPE: gl.constexpr, STAGES: gl.constexpr
 ):
-    """The fetching warp: codes of all tiles of this program by bulk copies, their scales by 4 bytes a thread, which
-    arrives on `full` when its own are there."""
-    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    """The fetching warp: codes and scales of all tiles of this program, in order, into the rings."""
     a_ring, b_ring, a_scales, b_scales, full, empty = rings
-    a_scale, a_stride, a_k_stride, b_scale, b_stride, b_k_stride = scales
     E, N, K = shape
-    GROUPS: gl.constexpr = BLOCK_M // ROWS
+    STRIPS: gl.constexpr = BLOCK_M // ROWS
     stage, phase = gl.to_tensor(0), gl.to_tensor(0)
-    row, column = gl.arange(0, ROWS, LANES), gl.arange(0, COLUMNS, LANES)
     for tile in range(gl.program_id(0), E * gl.cdiv(N, BLOCK_M) * gl.cdiv(K, COLUMNS), gl.num_programs(0)):
         _, n, k, first, steps = _tile_tokens(tile, offsets, N, K, BLOCK_M, STRIPE)
-        columns = gl.minimum(k + column, K - 1) * b_stride
         for group in range(first, first + steps):
+            bar = full.index(stage)
             mbarrier.wait(empty.index(stage), phase ^ 1)
-            mbarrier.expect(full.index(stage), (BLOCK_M + COLUMNS) * DEPTH)
-            tma.async_copy_global_to_shared(b, [k, group * DEPTH], full.index(stage), b_ring.index(stage))
-            async_copy.async_copy_global_to_shared(b_scales.index(stage), b_scale + group * b_k_stride + columns)
-            for part in gl.static_range(GROUPS):
-                place = stage * GROUPS + part
-                top = n + part * ROWS
-                tma.async_copy_global_to_shared(a, [top, group * DEPTH], full.index(stage), a_ring.index(place))
-                rows = gl.minimum(top + row, N - 1) * a_stride
-                async_copy.async_copy_global_to_shared(a_scales.index(place), a_scale + group * a_k_stride + rows)
-            async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+            mbarrier.expect(bar, (BLOCK_M + COLUMNS) * (DEPTH + 4))
+            tma.async_copy_global_to_shared(b, [k, group * DEPTH], bar, b_ring.index(stage))
+            tma.async_copy_global_to_shared(b_scale, [group, k], bar, b_scales.index(stage))
+            tma.async_copy_global_to_shared(a_scale, [group, n], bar, a_scales.index(stage))
+            for strip in gl.static_range(STRIPS):
+                part = a_ring.index(stage * STRIPS + strip)
+                tma.async_copy_global_to_shared(a, [n + strip * ROWS, group * DEPTH], bar, part)
             stage, phase = _next(stage, phase, STAGES)
 
 
@@ -287,6 +282,9 @@ def _multiply_tokens(
     """Four warps: rows [GROUP * 64, GROUP * 64 + 64) of all tiles of this program. ADD: what is in `out` is fetched
     into the buffer for results while the tile is multiplied, barrier `old`."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
+    BY_ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    BY_COLUMN: gl.constexpr = gl.SliceLayout(0, LAYOUT)
+    STRIPS: gl.constexpr = BLOCK_M // ROWS
     a_ring, b_ring, a_scales, b_scales, full, empty = rings
     out, out_ptr = outs
     E, N, K = shape
@@ -302,11 +300,11 @@ def _multiply_tokens(
         acc = zeros
         for _ in range(steps):
             mbarrier.wait(full.index(stage), phase)
-            place = stage * (BLOCK_M // ROWS) + GROUP
+            place = stage * STRIPS + GROUP
             right = b_ring.index(stage).permute((1, 0))
             product = warpgroup_mma(a_ring.index(place), right, zeros, use_acc=False, is_async=True)
-            a_factors = a_scales.index(place).load(gl.SliceLayout(1, LAYOUT)).expand_dims(1)
-            b_factors = b_scales.index(stage).load(gl.SliceLayout(0, LAYOUT)).expand_dims(0)
+            a_factors = _scales_in(a_scales.index(stage), GROUP, BY_ROW, STRIPS, ROWS).expand_dims(1)
+            b_factors = _scales_in(b_scales.index(stage), 0, BY_COLUMN, 1, COLUMNS).expand_dims(0)
             product = warpgroup_mma_wait(0, deps=(product,))
             mbarrier.arrive(empty.index(stage), count=1)
             product *= b_factors.broadcast_to(product.shape)
@@ -329,32 +327,34 @@ def _multiply_tokens(
 
 @gluon.jit
 def _grouped_fp8_gemm_wgrad_hopper_kernel(
-    a, a_scale, b, b_scale, offsets, out, out_ptr, E, N, K, a_stride, a_k_stride, b_stride, b_k_stride,
+    a, a_scale, b, b_scale, offsets, out, out_ptr, E, N, K,
     ADD: gl.constexpr, STRIPE: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """out [E * N, K] = a @ b.T over each expert's columns of a [N, 128 G] and b [K, 128 G], descriptors of [64, 128],
-    [64, 128] and [128, 128] numbers; out_ptr: out, contiguous. ADD: added to it. REGISTERS: of a multiplying thread."""
+    [64, 128] and [128, 128] numbers, scales of [G, N] and [G, K], of 128 in one row; out_ptr: out, contiguous. ADD:
+    added to it. REGISTERS: of a multiplying thread."""
     BLOCK_M: gl.constexpr = 2 * ROWS
-    FLAT: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
-    a_ring, b_ring, full, empty = _rings(a, b, 2, STAGES, 2, 33)  # bulk copies are announced by one, and 32 threads
-    a_scales = gl.allocate_shared_memory(gl.float32, [2 * STAGES, ROWS], FLAT)
-    b_scales = gl.allocate_shared_memory(gl.float32, [STAGES, COLUMNS], FLAT)
+    a_ring, b_ring, full, empty = _rings(a, b, 2, STAGES, 2)
+    a_scales, b_scales = _scale_rings(a_scale, b_scale, STAGES)
     buffers = gl.allocate_shared_memory(out.dtype, [2, ROWS, COLUMNS], out.layout)
     old = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for group in gl.static_range(2):
         mbarrier.init(old.index(group), count=1)
     fence_async_shared()
     rings = (a_ring, b_ring, a_scales, b_scales, full, empty)
-    scales = (a_scale, a_stride, a_k_stride, b_scale, b_stride, b_k_stride)
     shape = (E, N, K)
     outs = (out, out_ptr)
-    zero = (outs, buffers.index(0), old.index(0), offsets, rings, shape, 0, ADD, BLOCK_M, STRIPE, STAGES)
-    one = (outs, buffers.index(1), old.index(1), offsets, rings, shape, 1, ADD, BLOCK_M, STRIPE, STAGES)
     gl.warp_specialize(
         [
-            (_multiply_tokens, zero),
-            (_multiply_tokens, one),
-            (_fetch_tokens, (a, b, offsets, rings, scales, shape, BLOCK_M, STRIPE, STAGES)),
+            (
+                _multiply_tokens,
+                (outs, buffers.index(0), old.index(0), offsets, rings, shape, 0, ADD, BLOCK_M, STRIPE, STAGES),
+            ),
+            (
+                _multiply_tokens,
+                (outs, buffers.index(1), old.index(1), offsets, rings, shape, 1, ADD, BLOCK_M, STRIPE, STAGES),
+            ),
+            (_fetch_tokens, (a, a_scale, b, b_scale, offsets, rings, shape, BLOCK_M, STRIPE, STAGES)),
         ],
         [4, 1],
         [REGISTERS, FETCH_REGISTERS],
@@ -389,13 +389,13 @@ def wgrad(
     STAGES: int, STRIPE: int,
 ) -> None:  # fmt: skip
     """out [E, N, K] contiguous fp32 = a [N, 128 G] @ b [K, 128 G].T over each expert's columns, or that added to it;
-    scales [N, G] and [K, G] of fewer than 2^31 numbers. Rows of a, b and out start at multiples of 16 bytes, their
+    scales [N, G] and [K, G], copied unless they lie as `_of_groups` wants them. Rows of a, b and out start at multiples of 16 bytes, their
     columns are contiguous."""
     E, N, K = out.shape
     tiles = E * triton.cdiv(N, 128) * triton.cdiv(K, 128)
     _launch.launch(
         _grouped_fp8_gemm_wgrad_hopper_kernel, (min(tiles, _launch.multiprocessors(a)),),
-        _descriptor(a, 64, 128), a_scale, _descriptor(b, 128, 128), b_scale, offsets,
-        _descriptor(out.view(E * N, K), 64, 128), out, E, N, K, *a_scale.stride(), *b_scale.stride(),
+        _descriptor(a, 64, 128), _of_groups(a_scale, 128), _descriptor(b, 128, 128), _of_groups(b_scale, 128), offsets,
+        _descriptor(out.view(E * N, K), 64, 128), out, E, N, K,
         ADD=add, STRIPE=STRIPE, STAGES=STAGES, REGISTERS=REGISTERS[2], num_warps=4,
     )  # fmt: skip

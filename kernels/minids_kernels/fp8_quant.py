@@ -90,9 +90,9 @@ def quantize_blocks_reference(w: Tensor, scale_format: ScaleFormat = "fp32") -> 
 
 
 def quantize_tiles_transposed_reference(x: Tensor, scale_format: ScaleFormat = "fp32") -> tuple[Tensor, Tensor]:
-    """Plain PyTorch: x [M, K] -> codes [K, M], scales [K, ceil(M / 128)]."""
+    """Plain PyTorch: x [M, K] -> codes [K, M], scales [K, ceil(M / 128)] of strides 1 and K."""
     codes, scales = _reference(x, TILE, 1, scale_format)
-    return codes.t().contiguous(), scales.t().contiguous()
+    return codes.t().contiguous(), scales.t()
 
 
 def quantize_tiles_both_reference(
@@ -225,7 +225,7 @@ def _quantize_blocks_kernel(
 def _quantize_transposed_kernel(
     x_ptr, codes_ptr, scales_ptr, M, K, x_stride, UE8M0: tl.constexpr, TILE: tl.constexpr, COLS: tl.constexpr
 ):
-    """Program (i, j): rows 128 i.., columns COLS j.. . codes [K, M], scales [K, ceil(M / 128)] contiguous."""
+    """Program (i, j): rows 128 i.., columns COLS j.. . codes [K, M] contiguous, scales as `empty_codes_transposed`."""
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     col = tl.program_id(1).to(tl.int64) * COLS + tl.arange(0, COLS)
     rows, cols = row[:, None], col[None, :]
@@ -233,7 +233,7 @@ def _quantize_transposed_kernel(
     x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
     scale, inverse = scales_of(tl.max(tl.abs(x), axis=0), UE8M0)
     tl.store(codes_ptr + cols * M + rows, encode_e4m3(x * inverse[None, :], False), mask=mask)
-    tl.store(scales_ptr + col * tl.num_programs(0) + tl.program_id(0), scale, mask=col < K)
+    tl.store(scales_ptr + tl.program_id(0).to(tl.int64) * K + col, scale, mask=col < K)
 
 
 @triton.jit
@@ -265,6 +265,13 @@ def empty_codes(x: Tensor, shape: Sequence[int], tile_m: int, tile: int) -> tupl
     rows, cols = shape
     scales = x.new_empty(-(-rows // tile_m), -(-cols // tile), dtype=torch.float32)
     return x.new_empty(rows, cols, dtype=torch.uint8), scales
+
+
+def empty_codes_transposed(x: Tensor, width: int, rows: int) -> tuple[Tensor, Tensor]:
+    """Codes [width, rows] as uint8 and scales [width, ceil(rows / 128)] of [rows, width] numbers' 128x1 tiles,
+    unwritten, where x lies. Scales of the same rows lie side by side: those of a product's step."""
+    scales = x.new_empty(-(-rows // TILE), width, dtype=torch.float32)
+    return x.new_empty(width, rows, dtype=torch.uint8), scales.t()
 
 
 def _tile_config(kernel: str, x: Tensor, tile: int) -> dict[str, int]:
@@ -301,7 +308,7 @@ def _triton_blocks(w: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
 def _triton_transposed(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
     m, k = x.shape
     x = _rows(x)
-    codes, scales = empty_codes(x, (k, m), 1, TILE)
+    codes, scales = empty_codes_transposed(x, k, m)
     config = _launch.config("fp8_quant", "quantize_tiles_transposed", _launch.arch(x), K=k)
     _launch.launch(
         _quantize_transposed_kernel, (triton.cdiv(m, TILE), triton.cdiv(k, config["COLS"])),
@@ -375,7 +382,7 @@ def _torch_blocks(w: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
 
 def _torch_transposed(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
     codes, scales = _torch_quantize(x, TILE, 1, ue8m0)
-    return codes.t().contiguous(), scales.t().contiguous()
+    return codes.t().contiguous(), scales.t()
 
 
 def _torch_dequantize(codes: Tensor, scales: Tensor, tile_m: int, tile: int, dtype: torch.dtype) -> Tensor:
@@ -436,12 +443,12 @@ def _(w: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
 
 @_quantize_tiles_transposed.register_fake
 def _(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
-    return empty_codes(x, x.shape[::-1], 1, TILE)
+    return empty_codes_transposed(x, *x.shape[::-1])
 
 
 @_quantize_tiles_both.register_fake
 def _(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return *empty_codes(x, x.shape, 1, TILE), *empty_codes(x, x.shape[::-1], 1, TILE)
+    return *empty_codes(x, x.shape, 1, TILE), *empty_codes_transposed(x, *x.shape[::-1])
 
 
 @_dequantize.register_fake
@@ -498,8 +505,8 @@ def quantize_blocks(w: Tensor, scale_format: ScaleFormat = "fp32") -> tuple[Tens
 
 
 def quantize_tiles_transposed(x: Tensor, scale_format: ScaleFormat = "fp32") -> tuple[Tensor, Tensor]:
-    """x [M, K] -> codes [K, M] e4m3, scales [K, ceil(M / 128)] fp32: 128x1 tiles of x, 1x128 ones of its transpose;
-    dtypes and errors as in `quantize_tiles`."""
+    """x [M, K] -> codes [K, M] e4m3, scales [K, ceil(M / 128)] fp32 of strides 1 and K, as a product along M reads
+    them: 128x1 tiles of x, 1x128 ones of its transpose; dtypes and errors as in `quantize_tiles`."""
     ue8m0 = _check_input("x", x, scale_format)
     check_shape("x", x, (None, None))
     codes, scales = _quantize_tiles_transposed(x, ue8m0)

@@ -46,7 +46,13 @@ from .fp8_gemm import (
     _torch_gemm,
     _values,
 )
-from .fp8_quant import encode_e4m3, quantize_tiles_transposed, quantize_tiles_transposed_reference, scales_of
+from .fp8_quant import (
+    empty_codes_transposed,
+    encode_e4m3,
+    quantize_tiles_transposed,
+    quantize_tiles_transposed_reference,
+    scales_of,
+)
 from .grouped_gemm import SMALL, describable, segment_at, segment_of
 
 if _launch.HAS_TRITON:
@@ -208,7 +214,7 @@ def _quantize_segments_kernel(
     GATHERED: tl.constexpr, TILE: tl.constexpr, COLS: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): tile number i, columns COLS j.. of x, of its row token[t] where GATHERED, else of row t. codes
-    [K, 128 tiles], scales [K, tiles] contiguous."""
+    [K, 128 tiles] contiguous, scales as `fp8_quant.empty_codes_transposed`."""
     tile, tiles = tl.program_id(0), tl.num_programs(0)
     _, first, end = segment_of(tile, offsets_ptr, E, 0, TILE, EXPERTS)
     lane = tl.arange(0, TILE)
@@ -220,7 +226,7 @@ def _quantize_segments_kernel(
     scale, inverse = scales_of(tl.max(tl.abs(x), axis=0), False)
     codes = encode_e4m3(x * inverse[None, :], False)
     tl.store(codes_ptr + (cols * tiles + tile) * TILE + lane[:, None], codes, mask=cols < K)
-    tl.store(scales_ptr + col * tiles + tile, scale, mask=col < K)
+    tl.store(scales_ptr + tile.to(tl.int64) * K + col, scale, mask=col < K)
 
 
 # --- launchers --------------------------------------------------------------------------------------------------------
@@ -322,8 +328,7 @@ def _triton_wgrad(
 def _empty_segments(x: Tensor, offsets: Tensor, token: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Codes and scales as `quantize_segments_transposed` gives them, unwritten."""
     groups = (x if token is None else token).shape[0] // GROUP + offsets.shape[0] - 1
-    codes = x.new_empty(x.shape[1], groups * GROUP, dtype=torch.uint8)
-    return codes, x.new_empty(x.shape[1], groups, dtype=torch.float32)
+    return empty_codes_transposed(x, x.shape[1], groups * GROUP)
 
 
 def _triton_segments(x: Tensor, offsets: Tensor, token: Tensor | None) -> tuple[Tensor, Tensor]:

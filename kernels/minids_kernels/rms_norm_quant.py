@@ -24,6 +24,7 @@ from .fp8_quant import (
     TILE,
     ScaleFormat,
     _check_input,
+    empty_codes_transposed,
     encode_e4m3,
     native_e4m3,
     quantize_groups,
@@ -106,8 +107,8 @@ def _rms_norm_quant_transposed_kernel(
     x_ptr, weight_ptr, rstd_ptr, codes_ptr, scales_ptr, M, N, x_stride,
     UE8M0: tl.constexpr, TILE: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j): rows 128 i.., columns COLS j.. of y = x * rstd * weight; codes [N, M], scales [N, ceil(M / 128)].
-    Codes by integer arithmetic: see `encode_e4m3`."""
+    """Program (i, j): rows 128 i.., columns COLS j.. of y = x * rstd * weight; codes [N, M], scales as
+    `fp8_quant.empty_codes_transposed`. Codes by integer arithmetic: see `encode_e4m3`."""
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     col = tl.program_id(1).to(tl.int64) * COLS + tl.arange(0, COLS)
     rows, cols = row[:, None], col[None, :]
@@ -117,7 +118,7 @@ def _rms_norm_quant_transposed_kernel(
     y = x * rstd[:, None] * tl.load(weight_ptr + col, mask=col < N, other=0.0).to(tl.float32)[None, :]
     scale, inverse = scales_of(tl.max(tl.abs(y), axis=0), UE8M0)
     tl.store(codes_ptr + cols * M + rows, encode_e4m3(y * inverse[None, :], False), mask=mask)
-    tl.store(scales_ptr + col * tl.num_programs(0) + tl.program_id(0), scale, mask=col < N)
+    tl.store(scales_ptr + tl.program_id(0).to(tl.int64) * N + col, scale, mask=col < N)
 
 
 # --- launchers --------------------------------------------------------------------------------------------------------
@@ -133,8 +134,7 @@ def _outputs(x: Tensor, residual: Tensor | None, transposed: bool) -> list[Tenso
     if residual is not None:
         outputs.append(residual.new_empty(rows, width))
     if transposed:
-        outputs.append(x.new_empty(width, rows, dtype=torch.uint8))
-        outputs.append(x.new_empty(width, -(-rows // TILE), dtype=torch.float32))
+        outputs += empty_codes_transposed(x, width, rows)
     return outputs
 
 

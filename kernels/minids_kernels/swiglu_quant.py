@@ -25,6 +25,7 @@ from .fp8_quant import (
     ScaleFormat,
     _check_input,
     empty_codes,
+    empty_codes_transposed,
     encode_e4m3,
     native_e4m3,
     quantize_groups,
@@ -96,7 +97,7 @@ def _swiglu_backward_quant_kernel(
     """Program (2i + h, j) takes a 128x128 tile of the gradient [M, 2N]: rows 128 j.., columns 128 i.. of half h of the
     tiles. Gate, up and dy are read for both halves, by neighbours, so that one of them finds them in L2.
 
-    codes [M, 2N], scales [M, ceil(2N / 128)], codes_t [2N, M], scales_t [2N, ceil(M / 128)].
+    codes [M, 2N], scales [M, ceil(2N / 128)], codes_t [2N, M], scales_t as `fp8_quant.empty_codes_transposed`.
     """
     groups = tl.cdiv(2 * N, TILE)
     pair = tl.program_id(0) // 2
@@ -118,7 +119,7 @@ def _swiglu_backward_quant_kernel(
     tl.store(scales_ptr + row * groups + group, scale, mask=(row < M) & (group < groups))
     scale, inverse = scales_of(tl.max(size, axis=0), UE8M0)
     tl.store(codes_t_ptr + cols * M + rows, encode_e4m3(grad * inverse[None, :], False), mask=mask)
-    tl.store(scales_t_ptr + col * tl.num_programs(1) + tl.program_id(1), scale, mask=col < 2 * N)
+    tl.store(scales_t_ptr + tl.program_id(1).to(tl.int64) * (2 * N) + col, scale, mask=col < 2 * N)
 
 
 # --- launchers --------------------------------------------------------------------------------------------------------
@@ -141,7 +142,7 @@ def _triton_backward(dy: Tensor, gate_up: Tensor, ue8m0: bool) -> tuple[Tensor, 
     rows, width = dy.shape
     dy, gate_up = _rows(dy), _rows(gate_up)
     codes, scales = empty_codes(gate_up, (rows, 2 * width), 1, TILE)
-    codes_t, scales_t = empty_codes(gate_up, (2 * width, rows), 1, TILE)
+    codes_t, scales_t = empty_codes_transposed(gate_up, 2 * width, rows)
     config = _launch.config("swiglu_quant", "swiglu_backward_quant", _launch.arch(gate_up), N=width)
     _launch.launch(
         _swiglu_backward_quant_kernel, (2 * triton.cdiv(scales.shape[1], 2), triton.cdiv(rows, TILE)),
@@ -193,7 +194,7 @@ def _(gate_up: Tensor, weight: Tensor | None, ue8m0: bool) -> tuple[Tensor, Tens
 @_swiglu_backward_quant.register_fake
 def _(dy: Tensor, gate_up: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, width = gate_up.shape
-    return *empty_codes(gate_up, (rows, width), 1, TILE), *empty_codes(gate_up, (width, rows), 1, TILE)
+    return *empty_codes(gate_up, (rows, width), 1, TILE), *empty_codes_transposed(gate_up, width, rows)
 
 
 # --- public ops -------------------------------------------------------------------------------------------------------

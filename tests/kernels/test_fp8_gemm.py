@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 from collections.abc import Callable, Iterator
 
@@ -16,6 +17,7 @@ from minids_kernels import (
     fp8_gemm_wgrad_reference,
     quantize_blocks,
     quantize_tiles,
+    quantize_tiles_transposed,
 )
 from minids_kernels._ops import ops
 from minids_kernels.fp8_gemm import PLAIN
@@ -287,6 +289,18 @@ def test_by_hand_in_any_order(groups: int, pieces: int, monkeypatch: pytest.Monk
     for seed in range(5 if groups == 2 else 0):
         with interpreted(seed), poisoned_memory():
             assert torch.equal(fp8_gemm_wgrad(*gradient), wanted)
+
+
+@pytest.mark.skipif(not _launch.HAS_TRITON, reason="no Triton here")
+def test_scales_are_read_where_they_lie() -> None:
+    """By a weight gradient by hand, if a bulk copy can; `quantize_tiles_transposed` has them so."""
+    of_groups = importlib.import_module("minids_kernels._fp8_gemm_hopper")._of_groups
+    found = quantize_tiles_transposed(torch.randn(300, 8))[1]
+    for scale, copied in ((found, False), (found[:, 1:], False), (found[1:], True), (torch.rand(6, 3).T, True)):
+        described = of_groups(scale, 64)
+        assert described.shape == [scale.shape[1], scale.shape[0]] and described.block_shape == [1, 64]
+        assert torch.equal(described.base.as_strided(described.shape, described.strides), scale.T)
+        assert (described.base.data_ptr() != scale.data_ptr()) == copied
 
 
 @pytest.mark.gpu

@@ -177,6 +177,7 @@ def test_quantisation_of_segments(counts: list[int], dtype: torch.dtype, way: st
     want_codes, want_scales = quantize_segments_transposed_reference(x, offsets)
     assert codes.dtype == E4M3 and scales.shape == (70, (sum(counts) + 3) // 128 + len(counts))
     assert torch.equal(codes.view(torch.uint8), want_codes.view(torch.uint8)) and torch.equal(scales, want_scales)
+    assert scales.T.is_contiguous()  # as the product reads them
     token = torch.randperm(len(x), device=device)
     of_tokens = quantize_segments_transposed(torch.empty_like(x).index_copy_(0, token, x), offsets, token)
     assert torch.equal(of_tokens[0].view(torch.uint8), codes.view(torch.uint8)) and torch.equal(of_tokens[1], scales)
