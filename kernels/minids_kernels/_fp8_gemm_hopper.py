@@ -212,10 +212,10 @@ def _fp8_gemm_hopper_kernel(
 
 
 @gluon.jit
-def _scale_rings(a_scale, b_scale, STAGES: gl.constexpr):
-    """Buffers for scales of a step: those of a tile's rows of a, and of b."""
-    a_scales = gl.allocate_shared_memory(gl.float32, [STAGES] + a_scale.block_shape, a_scale.layout)
-    b_scales = gl.allocate_shared_memory(gl.float32, [STAGES] + b_scale.block_shape, b_scale.layout)
+def _scale_rings(a_scale, b_scale, STRIPS: gl.constexpr, STAGES: gl.constexpr):
+    """Buffers for scales of a step: of a tile's STRIPS of 64 rows of a, and of b's rows."""
+    a_scales = gl.allocate_shared_memory(gl.float32, [STAGES, 1, STRIPS * ROWS], a_scale.layout)
+    b_scales = gl.allocate_shared_memory(gl.float32, [STAGES, 1, COLUMNS], b_scale.layout)
     return a_scales, b_scales
 
 
@@ -310,7 +310,7 @@ def _fp8_gemm_wgrad_hopper_kernel(
     """out [M, N] = a [M, K] @ b [N, K].T, with ADD added to it. a and b are descriptors as the forward's, scales those
     of [K / 128, M] and [K / 128, N], of a tile's in one row."""
     a_ring, b_ring, full, empty = _rings(a, b, GROUPS * PIECES, STAGES, GROUPS)
-    a_scales, b_scales = _scale_rings(a_scale, b_scale, STAGES)
+    a_scales, b_scales = _scale_rings(a_scale, b_scale, GROUPS * PIECES, STAGES)
     rings = (a_ring, b_ring, a_scales, b_scales, full, empty)
     shape = (M, N, K)
     target = (out, m_stride, n_stride)

@@ -335,7 +335,7 @@ def _grouped_fp8_gemm_wgrad_hopper_kernel(
     added to it. REGISTERS: of a multiplying thread."""
     BLOCK_M: gl.constexpr = 2 * ROWS
     a_ring, b_ring, full, empty = _rings(a, b, 2, STAGES, 2)
-    a_scales, b_scales = _scale_rings(a_scale, b_scale, STAGES)
+    a_scales, b_scales = _scale_rings(a_scale, b_scale, 2, STAGES)
     buffers = gl.allocate_shared_memory(out.dtype, [2, ROWS, COLUMNS], out.layout)
     old = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for group in gl.static_range(2):
@@ -389,8 +389,8 @@ def wgrad(
     STAGES: int, STRIPE: int,
 ) -> None:  # fmt: skip
     """out [E, N, K] contiguous fp32 = a [N, 128 G] @ b [K, 128 G].T over each expert's columns, or that added to it;
-    scales [N, G] and [K, G], copied unless they lie as `_of_groups` wants them. Rows of a, b and out start at multiples of 16 bytes, their
-    columns are contiguous."""
+    scales [N, G] and [K, G], copied unless neighbours along the first dimension are side by side. Rows of a, b and out
+    start at multiples of 16 bytes, their columns are contiguous."""
     E, N, K = out.shape
     tiles = E * triton.cdiv(N, 128) * triton.cdiv(K, 128)
     _launch.launch(

@@ -264,7 +264,7 @@ def _grouped_gemm_hopper_kernel(
     COLUMNS: gl.constexpr = BLOCK_N // 2 if SWIGLU else BLOCK_N
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(min(128, 2 * DEPTH), 16, 2)
     a_ring = gl.allocate_shared_memory(w.dtype, [STAGES * GROUPS, ROWS, DEPTH], LAYOUT)
-    b_ring = gl.allocate_shared_memory(w.dtype, [STAGES] + w.block_shape, w.layout)
+    b_ring = gl.allocate_shared_memory(w.dtype, [STAGES] + w.block_shape, w.layout)  # noqa: RUF005 Gluon knows no stars
     buffers = gl.allocate_shared_memory(y.dtype, [GROUPS, ROWS, BLOCK_N // PIECES], y.layout)
     full, empty = _barriers(STAGES, GROUPS, 2 if GATHERED else 1)
     rings = (a_ring, b_ring, full, empty)
@@ -304,7 +304,7 @@ def _grouped_gemm_hopper_kernel(
 
 @gluon.jit
 def _tile(number, offsets, shape, BLOCK_N: gl.constexpr, STRIPE: gl.constexpr):
-    """Expert, first row and column of a tile of out [E, M, N]; the first of its expert's rows, and how many there are."""
+    """Expert, first row and column of a tile of out [E, M, N]; its expert's first row and how many it has."""
     _, M, N = shape
     tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
     expert = number // tiles
@@ -358,8 +358,8 @@ def _grouped_outer_hopper_kernel(
 ):  # fmt: skip
     """out [E * M, N] = a.T @ b over each expert's rows of a [T, M] and b [T, N], ragged descriptors of [DEPTH, 64] and
     [DEPTH, BLOCK_N] numbers. out: of [64, BLOCK_N / PIECES]; out_ptr: the same, contiguous."""
-    a_ring = gl.allocate_shared_memory(a.dtype, [STAGES * GROUPS] + a.block_shape, a.layout)
-    b_ring = gl.allocate_shared_memory(b.dtype, [STAGES] + b.block_shape, b.layout)
+    a_ring = gl.allocate_shared_memory(a.dtype, [STAGES * GROUPS, 1, 1, DEPTH, ROWS], a.layout)
+    b_ring = gl.allocate_shared_memory(b.dtype, [STAGES, 1, 1, DEPTH, BLOCK_N], b.layout)
     buffers = gl.allocate_shared_memory(out.dtype, [GROUPS, ROWS, BLOCK_N // PIECES], out.layout)
     full, empty = _barriers(STAGES, GROUPS, 1)
     rings = (a_ring, b_ring, full, empty)

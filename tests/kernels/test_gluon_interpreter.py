@@ -58,7 +58,9 @@ def _fetch(a, a_ptr, b, a_ring, b_ring, full, empty, steps, FAULT: gl.constexpr)
                 async_copy.wait_group(2 if FAULT == "waits for all but two copies" else 0)
             if FAULT != "does not fence its own copies":
                 fence_async_shared()
-        mbarrier.expect(full.index(stage), BLOCK * BLOCK * (2 if FAULT == "announces too few bytes" or BY_THREADS else 4))
+        mbarrier.expect(
+            full.index(stage), BLOCK * BLOCK * (2 if FAULT == "announces too few bytes" or BY_THREADS else 4)
+        )
         if not BY_THREADS:
             tma.async_copy_global_to_shared(a, [0, step * BLOCK], full.index(stage), a_ring.index(stage))
         tma.async_copy_global_to_shared(b, [0, step * BLOCK], full.index(stage), b_ring.index(stage))

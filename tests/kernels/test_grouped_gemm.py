@@ -266,7 +266,9 @@ def use(config: Mapping[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_launch, "config", lambda *_, **__: config)
 
 
-def products(counts: Sequence[int], spare: int, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Tensor, Tensor]]:
+def products(
+    counts: Sequence[int], spare: int, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(name, what a kernel gives, the same in fp64) of every way that experts' products are taken: rows in order and of
     tokens, weights as stored and turned, with SwiGLU and without; weights' gradients. What must not be read, rows of
     nobody and of other tokens, is NaN, and so are weights of experts without rows."""
@@ -381,9 +383,7 @@ def test_what_goes_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         "outer of tokens' rows": lambda: room.grouped_outer(narrow, wide, offsets, b_token=token),
         "outer of few tiles": lambda: room.grouped_outer(narrow, narrow, offsets),
     }
-    names = {
-        name: [launch.kernel.__name__ for launch in record([(name, call)], "sm_90")][0] for name, call in calls.items()
-    }
+    names = {name: record([(name, call)], "sm_90")[0].kernel.__name__ for name, call in calls.items()}
     by_hand = {name for name, kernel in names.items() if kernel.endswith("_hopper_kernel")}
     assert by_hand == set(list(calls)[:6]), names
 

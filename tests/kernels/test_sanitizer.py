@@ -94,7 +94,9 @@ def by_hand(device: torch.device) -> None:
     for rows in (None, token):
         module.grouped(x, rows, w, offsets, torch.empty_like(dy), None, **config)
         module.grouped(dy, rows, w.transpose(1, 2), offsets, torch.empty_like(x), None, **config)
-    module.grouped(x, token, w, offsets, torch.empty_like(dy), (torch.rand(ROWS).to(device), token, activated), **config)
+    module.grouped(
+        x, token, w, offsets, torch.empty_like(dy), (torch.rand(ROWS).to(device), token, activated), **config
+    )
     module.outer(dy, x, offsets, torch.empty_like(w), **config)
 
 
