@@ -94,7 +94,7 @@ def _bind_deepgemm(inputs: Inputs) -> Run:
     import deep_gemm
 
     a, a_scale, b, b_scale = inputs.args
-    left = deep_gemm.get_mn_major_tma_aligned_tensor(a_scale)
+    left = deep_gemm.get_mn_major_tma_aligned_tensor(a_scale.contiguous())
     out = torch.empty(a.shape[0], b.shape[0], dtype=torch.bfloat16, device=a.device)
 
     def run() -> Tensor:
@@ -117,7 +117,9 @@ def _bind_torchao(inputs: Inputs) -> Run:
 def _bind_deepseek(inputs: Inputs) -> Run:
     from benchmarks.deepseek import fp8_gemm as theirs
 
-    return lambda: theirs(*inputs.args)
+    a, a_scale, b, b_scale = inputs.args
+    a_scale = a_scale.contiguous()
+    return lambda: theirs(a, a_scale, b, b_scale)
 
 
 def _product(m: int, n: int, k: int, wgrad: bool, device: torch.device) -> Case:
@@ -226,7 +228,7 @@ def tuning(device: torch.device) -> dict[str, Tuning]:
 def _forward(m: int, n: int, out_dtype: torch.dtype) -> None:
     groups = K // 128
     a, b = torch.empty(m, K, dtype=E4M3), torch.empty(n, K, dtype=E4M3)
-    fp8_gemm(a, torch.empty(m, groups), b, torch.empty(-(-n // 128), groups), out_dtype)
+    fp8_gemm(a, torch.empty(groups, m).T, b, torch.empty(-(-n // 128), groups), out_dtype)
 
 
 def _wgrad(m: int, n: int, add: bool) -> None:

@@ -55,6 +55,7 @@ def _bind_deepgemm(inputs: Inputs) -> Run:
     import deep_gemm
 
     a, a_scale, b, b_scale, offsets = inputs.args
+    a_scale = a_scale.contiguous()
     counts = offsets.diff()
     padded = (counts + 127) // 128 * 128
     groups = torch.arange(len(counts), dtype=torch.int32, device=a.device).repeat_interleave(padded)
@@ -175,9 +176,12 @@ def tuning(device: torch.device) -> dict[str, Tuning]:
 
 
 def _operand(*shape: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Codes of `shape` and scales of blocks of `rows` x 128."""
+    """Codes of `shape` and scales of blocks of `rows` x 128, where rows is 1 as `quantize_tiles` has them."""
     *outer, height, width = shape
-    return torch.empty(shape, dtype=E4M3), torch.empty(*outer, -(-height // rows), -(-width // 128))
+    scales = torch.empty(*outer, -(-height // rows), -(-width // 128))
+    if rows == 1:
+        scales = scales.flatten(0, -2).T.contiguous().T.view(scales.shape)
+    return torch.empty(shape, dtype=E4M3), scales
 
 
 def _forward(tokens: int, out_dtype: torch.dtype) -> None:

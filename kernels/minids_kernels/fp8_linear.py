@@ -23,7 +23,6 @@ from .fp8_quant import (
     E4M3,
     TILE,
     empty_codes,
-    empty_codes_transposed,
     quantize_blocks,
     quantize_tiles,
     quantize_tiles_both,
@@ -68,7 +67,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     w_shape, x_shape = weight.shape if for_x else (0, 0), x.shape[::-1] if for_weight else (0, 0)
     y = x.new_empty(x.shape[0], weight.shape[0], dtype=out_dtype)
-    return y, *empty_codes(x, w_shape, TILE, TILE), *empty_codes_transposed(x, *x_shape)
+    return y, *empty_codes(x, w_shape, TILE, TILE), *empty_codes(x, x_shape, 1, TILE)
 
 
 def _setup(ctx, inputs, output) -> None:

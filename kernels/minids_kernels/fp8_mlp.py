@@ -20,7 +20,6 @@ from .fp8_quant import (
     E4M3,
     TILE,
     empty_codes,
-    empty_codes_transposed,
     quantize_blocks,
     quantize_tiles,
     quantize_tiles_both,
@@ -66,7 +65,7 @@ def _(x: Tensor, w_gate_up: Tensor, w_down: Tensor, dtype: torch.dtype, keep: bo
         return y, []
     gate_up = x.new_empty(x.shape[0], w_gate_up.shape[0], dtype=dtype)
     weights = (t for w in (w_gate_up, w_down) for t in empty_codes(x, w.shape, TILE, TILE))
-    return y, [gate_up, *empty_codes_transposed(x, *x.shape[::-1]), *weights]
+    return y, [gate_up, *empty_codes(x, x.shape[::-1], 1, TILE), *weights]
 
 
 def _setup(ctx, inputs, output) -> None:

@@ -90,7 +90,7 @@ def quantize_blocks_reference(w: Tensor, scale_format: ScaleFormat = "fp32") -> 
 
 
 def quantize_tiles_transposed_reference(x: Tensor, scale_format: ScaleFormat = "fp32") -> tuple[Tensor, Tensor]:
-    """Plain PyTorch: x [M, K] -> codes [K, M], scales [K, ceil(M / 128)] of strides 1 and K."""
+    """Plain PyTorch: x [M, K] -> codes [K, M], scales [K, ceil(M / 128)]."""
     codes, scales = _reference(x, TILE, 1, scale_format)
     return codes.t().contiguous(), scales.t()
 
@@ -184,11 +184,11 @@ def native_e4m3(x: Tensor) -> bool:
 
 @triton.jit
 def _quantize_tiles_kernel(
-    x_ptr, codes_ptr, scales_ptr, M, K, n_groups, x_stride,
+    x_ptr, codes_ptr, scales_ptr, M, K, n_groups, x_stride, scale_stride, scale_group_stride,
     UE8M0: tl.constexpr, NATIVE: tl.constexpr, DEEPSEEK: tl.constexpr, TILE: tl.constexpr,
     ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j): ROWS rows, GROUPS tiles of each. codes [M, K] and scales [M, n_groups] contiguous."""
+    """Program (i, j): ROWS rows, GROUPS tiles of each. codes [M, K] contiguous, scales [M, n_groups]."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)[None, :]
     rows = row[:, :, None]
@@ -203,7 +203,8 @@ def _quantize_tiles_kernel(
     else:
         codes, scale = quantize_groups(x, UE8M0, NATIVE)
     tl.store(codes_ptr + rows * K + cols, codes, mask=mask)
-    tl.store(scales_ptr + row * n_groups + group, scale, mask=(row < M) & (group < n_groups))
+    place = row * scale_stride + group.to(tl.int64) * scale_group_stride
+    tl.store(scales_ptr + place, scale, mask=(row < M) & (group < n_groups))
 
 
 @triton.jit
@@ -225,7 +226,7 @@ def _quantize_blocks_kernel(
 def _quantize_transposed_kernel(
     x_ptr, codes_ptr, scales_ptr, M, K, x_stride, UE8M0: tl.constexpr, TILE: tl.constexpr, COLS: tl.constexpr
 ):
-    """Program (i, j): rows 128 i.., columns COLS j.. . codes [K, M] contiguous, scales as `empty_codes_transposed`."""
+    """Program (i, j): rows 128 i.., columns COLS j.. . codes [K, M] contiguous, scales as `empty_codes` has them."""
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     col = tl.program_id(1).to(tl.int64) * COLS + tl.arange(0, COLS)
     rows, cols = row[:, None], col[None, :]
@@ -238,13 +239,14 @@ def _quantize_transposed_kernel(
 
 @triton.jit
 def _dequantize_kernel(
-    codes_ptr, scales_ptr, out_ptr, M, K, n_groups, codes_stride,
+    codes_ptr, scales_ptr, out_ptr, M, K, n_groups, codes_stride, scale_stride, scale_group_stride,
     TILE_M: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): ROWS rows, GROUPS tiles of each. scales [ceil(M / TILE_M), n_groups], out [M, K] contiguous."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)[None, :]
-    scale = tl.load(scales_ptr + row // TILE_M * n_groups + group, mask=(row < M) & (group < n_groups), other=0.0)
+    place = row // TILE_M * scale_stride + group.to(tl.int64) * scale_group_stride
+    scale = tl.load(scales_ptr + place, mask=(row < M) & (group < n_groups), other=0.0)
     rows = row[:, :, None]
     cols = group[:, :, None] * TILE + tl.arange(0, TILE)[None, None, :]
     mask = (rows < M) & (cols < K)
@@ -261,17 +263,13 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def empty_codes(x: Tensor, shape: Sequence[int], tile_m: int, tile: int) -> tuple[Tensor, Tensor]:
-    """Codes of `shape` [M, K] as uint8 and scales for tiles of [tile_m, tile], unwritten, where x lies."""
+    """Codes of `shape` [M, K] as uint8 and scales for tiles of [tile_m, tile], unwritten, where x lies. A step of a
+    product along K takes one scale of each row: where tiles are of one row, these lie side by side."""
     rows, cols = shape
-    scales = x.new_empty(-(-rows // tile_m), -(-cols // tile), dtype=torch.float32)
-    return x.new_empty(rows, cols, dtype=torch.uint8), scales
-
-
-def empty_codes_transposed(x: Tensor, width: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Codes [width, rows] as uint8 and scales [width, ceil(rows / 128)] of [rows, width] numbers' 128x1 tiles,
-    unwritten, where x lies. Scales of the same rows lie side by side: those of a product's step."""
-    scales = x.new_empty(-(-rows // TILE), width, dtype=torch.float32)
-    return x.new_empty(width, rows, dtype=torch.uint8), scales.t()
+    codes, groups = x.new_empty(rows, cols, dtype=torch.uint8), -(-cols // tile)
+    if tile_m == 1:
+        return codes, x.new_empty(groups, rows, dtype=torch.float32).t()
+    return codes, x.new_empty(-(-rows // tile_m), groups, dtype=torch.float32)
 
 
 def _tile_config(kernel: str, x: Tensor, tile: int) -> dict[str, int]:
@@ -281,14 +279,19 @@ def _tile_config(kernel: str, x: Tensor, tile: int) -> dict[str, int]:
     return config
 
 
+def _empty_tiles(x: Tensor, tile: int, deepseek: bool) -> tuple[Tensor, Tensor]:
+    codes, scales = empty_codes(x, x.shape, 1, tile)
+    return codes, torch.empty_like(scales, memory_format=torch.contiguous_format) if deepseek else scales
+
+
 def _triton_tiles(x: Tensor, tile: int, ue8m0: bool, deepseek: bool) -> tuple[Tensor, Tensor]:
     m, k = x.shape
     x = _rows(x)
-    codes, scales = empty_codes(x, (m, k), 1, tile)
+    codes, scales = _empty_tiles(x, tile, deepseek)
     config = _tile_config("quantize_tiles", x, tile)
     grid = triton.cdiv(m, config["ROWS"]), triton.cdiv(scales.shape[1], config["GROUPS"])
     _launch.launch(
-        _quantize_tiles_kernel, grid, x, codes, scales, m, k, scales.shape[1], x.stride(0),
+        _quantize_tiles_kernel, grid, x, codes, scales, m, k, scales.shape[1], x.stride(0), *scales.stride(),
         UE8M0=ue8m0, NATIVE=native_e4m3(x), DEEPSEEK=deepseek, TILE=tile, **config,
     )  # fmt: skip
     return codes, scales
@@ -308,7 +311,7 @@ def _triton_blocks(w: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
 def _triton_transposed(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
     m, k = x.shape
     x = _rows(x)
-    codes, scales = empty_codes_transposed(x, k, m)
+    codes, scales = empty_codes(x, (k, m), 1, TILE)
     config = _launch.config("fp8_quant", "quantize_tiles_transposed", _launch.arch(x), K=k)
     _launch.launch(
         _quantize_transposed_kernel, (triton.cdiv(m, TILE), triton.cdiv(k, config["COLS"])),
@@ -319,12 +322,12 @@ def _triton_transposed(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
 
 def _triton_dequantize(codes: Tensor, scales: Tensor, tile_m: int, tile: int, dtype: torch.dtype) -> Tensor:
     m, k = codes.shape
-    codes, scales = _rows(codes), scales.contiguous()
+    codes = _rows(codes)
     out = codes.new_empty(m, k, dtype=dtype)
     config = _tile_config("dequantize", codes, tile)
     grid = triton.cdiv(m, config["ROWS"]), triton.cdiv(scales.shape[1], config["GROUPS"])
     _launch.launch(
-        _dequantize_kernel, grid, codes, scales, out, m, k, scales.shape[1], codes.stride(0),
+        _dequantize_kernel, grid, codes, scales, out, m, k, scales.shape[1], codes.stride(0), *scales.stride(),
         TILE_M=tile_m, TILE=tile, **config,
     )  # fmt: skip
     return out
@@ -373,7 +376,8 @@ def _torch_quantize(x: Tensor, tile_m: int, tile: int, ue8m0: bool, deepseek: bo
 
 
 def _torch_tiles(x: Tensor, tile: int, ue8m0: bool, deepseek: bool) -> tuple[Tensor, Tensor]:
-    return _torch_quantize(x, 1, tile, ue8m0, deepseek)
+    codes, scales = _torch_quantize(x, 1, tile, ue8m0, deepseek)
+    return codes, scales if deepseek else scales.t().contiguous().t()
 
 
 def _torch_blocks(w: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
@@ -400,8 +404,9 @@ def _torch_dequantize(codes: Tensor, scales: Tensor, tile_m: int, tile: int, dty
 
 @operator("quantize_tiles")
 def _quantize_tiles(x: Tensor, tile: int, ue8m0: bool, deepseek: bool) -> tuple[Tensor, Tensor]:
-    """x [M, K] -> codes [M, K], scales [M, ceil(K / tile)], tile a power of two. deepseek: amax counts as at least 1e-4
-    and code = x / scale (`compat.deepseek_v3`). Codes are uint8 here, e4m3's bits: `opcheck` knows no e4m3."""
+    """x [M, K] -> codes [M, K], scales [M, ceil(K / tile)], tile a power of two. deepseek: amax counts as at least
+    1e-4, code = x / scale, and scales are contiguous (`compat.deepseek_v3`). Codes are uint8 here, e4m3's bits:
+    `opcheck` knows no e4m3."""
     return (_triton_tiles if _launch.use_triton(x) else _torch_tiles)(x, tile, ue8m0, deepseek)
 
 
@@ -433,7 +438,7 @@ def _dequantize(codes: Tensor, scales: Tensor, tile_m: int, tile: int, dtype: to
 
 @_quantize_tiles.register_fake
 def _(x: Tensor, tile: int, ue8m0: bool, deepseek: bool) -> tuple[Tensor, Tensor]:
-    return empty_codes(x, x.shape, 1, tile)
+    return _empty_tiles(x, tile, deepseek)
 
 
 @_quantize_blocks.register_fake
@@ -443,12 +448,12 @@ def _(w: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
 
 @_quantize_tiles_transposed.register_fake
 def _(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
-    return empty_codes_transposed(x, *x.shape[::-1])
+    return empty_codes(x, x.shape[::-1], 1, TILE)
 
 
 @_quantize_tiles_both.register_fake
 def _(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return *empty_codes(x, x.shape, 1, TILE), *empty_codes_transposed(x, *x.shape[::-1])
+    return *empty_codes(x, x.shape, 1, TILE), *empty_codes(x, x.shape[::-1], 1, TILE)
 
 
 @_dequantize.register_fake
@@ -485,7 +490,8 @@ def _flat(name: str, x: Tensor) -> Tensor:
 
 
 def quantize_tiles(x: Tensor, scale_format: ScaleFormat = "fp32") -> tuple[Tensor, Tensor]:
-    """x [..., K] fp32, bf16 or fp16 -> codes [..., K] e4m3, scales [..., ceil(K / 128)] fp32, in 1x128 tiles.
+    """x [..., K] fp32, bf16 or fp16 -> codes [..., K] e4m3, scales [..., ceil(K / 128)] fp32, in 1x128 tiles. Scales of
+    neighbouring rows lie side by side, as products read them.
 
     `scale_format`: "fp32", or "ue8m0" for powers of two (still fp32 numbers). Raises TypeError for another dtype,
     ValueError for no dimension or another format.
@@ -505,8 +511,8 @@ def quantize_blocks(w: Tensor, scale_format: ScaleFormat = "fp32") -> tuple[Tens
 
 
 def quantize_tiles_transposed(x: Tensor, scale_format: ScaleFormat = "fp32") -> tuple[Tensor, Tensor]:
-    """x [M, K] -> codes [K, M] e4m3, scales [K, ceil(M / 128)] fp32 of strides 1 and K, as a product along M reads
-    them: 128x1 tiles of x, 1x128 ones of its transpose; dtypes and errors as in `quantize_tiles`."""
+    """x [M, K] -> codes [K, M] e4m3, scales [K, ceil(M / 128)] fp32: 128x1 tiles of x, 1x128 ones of its transpose;
+    order of scales, dtypes and errors as in `quantize_tiles`."""
     ue8m0 = _check_input("x", x, scale_format)
     check_shape("x", x, (None, None))
     codes, scales = _quantize_tiles_transposed(x, ue8m0)

@@ -47,7 +47,7 @@ from .fp8_gemm import (
     _values,
 )
 from .fp8_quant import (
-    empty_codes_transposed,
+    empty_codes,
     encode_e4m3,
     quantize_tiles_transposed,
     quantize_tiles_transposed_reference,
@@ -214,7 +214,7 @@ def _quantize_segments_kernel(
     GATHERED: tl.constexpr, TILE: tl.constexpr, COLS: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): tile number i, columns COLS j.. of x, of its row token[t] where GATHERED, else of row t. codes
-    [K, 128 tiles] contiguous, scales as `fp8_quant.empty_codes_transposed`."""
+    [K, 128 tiles] contiguous, scales as `fp8_quant.empty_codes` has them."""
     tile, tiles = tl.program_id(0), tl.num_programs(0)
     _, first, end = segment_of(tile, offsets_ptr, E, 0, TILE, EXPERTS)
     lane = tl.arange(0, TILE)
@@ -328,7 +328,7 @@ def _triton_wgrad(
 def _empty_segments(x: Tensor, offsets: Tensor, token: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Codes and scales as `quantize_segments_transposed` gives them, unwritten."""
     groups = (x if token is None else token).shape[0] // GROUP + offsets.shape[0] - 1
-    return empty_codes_transposed(x, x.shape[1], groups * GROUP)
+    return empty_codes(x, (x.shape[1], groups * GROUP), 1, GROUP)
 
 
 def _triton_segments(x: Tensor, offsets: Tensor, token: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -279,7 +279,7 @@ def _triton_bwd(
 def _permuted_codes(x: Tensor, token: Tensor, scale_format: ScaleFormat) -> tuple[Tensor, Tensor]:
     """Codes and scales of the tokens' rows: a token is quantised once, whatever the number of its experts."""
     codes, scales = quantize_tiles(x, scale_format)
-    return codes.view(torch.uint8).index_select(0, token).view(codes.dtype), scales.index_select(0, token)
+    return codes.view(torch.uint8).index_select(0, token).view(codes.dtype), scales.t().index_select(1, token).t()
 
 
 def _fp8_fwd(

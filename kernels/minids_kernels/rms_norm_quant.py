@@ -24,7 +24,7 @@ from .fp8_quant import (
     TILE,
     ScaleFormat,
     _check_input,
-    empty_codes_transposed,
+    empty_codes,
     encode_e4m3,
     native_e4m3,
     quantize_groups,
@@ -64,14 +64,15 @@ def _store_tiles(
     y, codes_ptr, scales_ptr, rows, start, M, N,
     UE8M0: tl.constexpr, NATIVE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Quantises y [ROWS, BLOCK_N] fp32, columns start.. of rows [ROWS, 1]; codes [M, N], scales [M, ceil(N / 128)]."""
+    """Quantises y [ROWS, BLOCK_N] fp32, columns start.. of rows [ROWS, 1]; codes [M, N], scales as
+    `fp8_quant.empty_codes` has them."""
     GROUPS: tl.constexpr = BLOCK_N // 128
     codes, scale = quantize_groups(tl.reshape(y, (ROWS, GROUPS, 128)), UE8M0, NATIVE)
     cols = start + tl.arange(0, BLOCK_N)[None, :]
     tl.store(codes_ptr + rows * N + cols, tl.reshape(codes, (ROWS, BLOCK_N)), mask=(rows < M) & (cols < N))
     groups = tl.cdiv(N, 128)
     group = start // 128 + tl.arange(0, GROUPS)[None, :]
-    tl.store(scales_ptr + rows * groups + group, scale, mask=(rows < M) & (group < groups))
+    tl.store(scales_ptr + group.to(tl.int64) * M + rows, scale, mask=(rows < M) & (group < groups))
 
 
 @triton.jit
@@ -80,7 +81,7 @@ def _rms_norm_quant_kernel(
     HAS_RESIDUAL: tl.constexpr, WIDE: tl.constexpr, UE8M0: tl.constexpr, NATIVE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """As _rms_norm_fwd_kernel, with codes and scales for y; all outputs contiguous, BLOCK_N at least 128."""
+    """As _rms_norm_fwd_kernel, with codes and scales for y; BLOCK_N at least 128."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     rows = row[:, None]
     cols = tl.arange(0, BLOCK_N)[None, :]
@@ -108,7 +109,7 @@ def _rms_norm_quant_transposed_kernel(
     UE8M0: tl.constexpr, TILE: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): rows 128 i.., columns COLS j.. of y = x * rstd * weight; codes [N, M], scales as
-    `fp8_quant.empty_codes_transposed`. Codes by integer arithmetic: see `encode_e4m3`."""
+    `fp8_quant.empty_codes` has them. Codes by integer arithmetic: see `encode_e4m3`."""
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     col = tl.program_id(1).to(tl.int64) * COLS + tl.arange(0, COLS)
     rows, cols = row[:, None], col[None, :]
@@ -127,14 +128,11 @@ def _rms_norm_quant_transposed_kernel(
 def _outputs(x: Tensor, residual: Tensor | None, transposed: bool) -> list[Tensor]:
     """Unwritten: codes and scales, the sum if there is a residual, transposed codes and scales if asked for."""
     rows, width = x.shape
-    outputs = [
-        x.new_empty(rows, width, dtype=torch.uint8),
-        x.new_empty(rows, -(-width // TILE), dtype=torch.float32),
-    ]
+    outputs = [*empty_codes(x, (rows, width), 1, TILE)]
     if residual is not None:
         outputs.append(residual.new_empty(rows, width))
     if transposed:
-        outputs += empty_codes_transposed(x, width, rows)
+        outputs += empty_codes(x, (width, rows), 1, TILE)
     return outputs
 
 

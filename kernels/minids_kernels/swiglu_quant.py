@@ -25,7 +25,6 @@ from .fp8_quant import (
     ScaleFormat,
     _check_input,
     empty_codes,
-    empty_codes_transposed,
     encode_e4m3,
     native_e4m3,
     quantize_groups,
@@ -71,8 +70,8 @@ def _swiglu_quant_kernel(
     gate_up_ptr, weight_ptr, codes_ptr, scales_ptr, M, N, stride, HAS_WEIGHT: tl.constexpr,
     UE8M0: tl.constexpr, NATIVE: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j): ROWS rows, GROUPS tiles of each; gate_up [M, 2N], weight [M], codes [M, N], scales
-    [M, ceil(N / 128)]."""
+    """Program (i, j): ROWS rows, GROUPS tiles of each; gate_up [M, 2N], weight [M], codes [M, N], scales as
+    `fp8_quant.empty_codes` has them."""
     groups = tl.cdiv(N, TILE)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)[None, :]
@@ -86,7 +85,7 @@ def _swiglu_quant_kernel(
         y *= tl.load(weight_ptr + rows, mask=rows < M, other=0.0).to(tl.float32)
     codes, scale = quantize_groups(y, UE8M0, NATIVE)
     tl.store(codes_ptr + rows * N + cols, codes, mask=mask)
-    tl.store(scales_ptr + row * groups + group, scale, mask=(row < M) & (group < groups))
+    tl.store(scales_ptr + group.to(tl.int64) * M + row, scale, mask=(row < M) & (group < groups))
 
 
 @triton.jit
@@ -97,7 +96,7 @@ def _swiglu_backward_quant_kernel(
     """Program (2i + h, j) takes a 128x128 tile of the gradient [M, 2N]: rows 128 j.., columns 128 i.. of half h of the
     tiles. Gate, up and dy are read for both halves, by neighbours, so that one of them finds them in L2.
 
-    codes [M, 2N], scales [M, ceil(2N / 128)], codes_t [2N, M], scales_t as `fp8_quant.empty_codes_transposed`.
+    codes [M, 2N], codes_t [2N, M], both scales as `fp8_quant.empty_codes` has them.
     """
     groups = tl.cdiv(2 * N, TILE)
     pair = tl.program_id(0) // 2
@@ -116,7 +115,7 @@ def _swiglu_backward_quant_kernel(
     size = tl.abs(grad)
     scale, inverse = scales_of(tl.max(size, axis=1), UE8M0)
     tl.store(codes_ptr + rows * (2 * N) + cols, encode_e4m3(grad * inverse[:, None], NATIVE), mask=mask)
-    tl.store(scales_ptr + row * groups + group, scale, mask=(row < M) & (group < groups))
+    tl.store(scales_ptr + group.to(tl.int64) * M + row, scale, mask=(row < M) & (group < groups))
     scale, inverse = scales_of(tl.max(size, axis=0), UE8M0)
     tl.store(codes_t_ptr + cols * M + rows, encode_e4m3(grad * inverse[None, :], False), mask=mask)
     tl.store(scales_t_ptr + tl.program_id(1).to(tl.int64) * (2 * N) + col, scale, mask=col < 2 * N)
@@ -142,7 +141,7 @@ def _triton_backward(dy: Tensor, gate_up: Tensor, ue8m0: bool) -> tuple[Tensor, 
     rows, width = dy.shape
     dy, gate_up = _rows(dy), _rows(gate_up)
     codes, scales = empty_codes(gate_up, (rows, 2 * width), 1, TILE)
-    codes_t, scales_t = empty_codes_transposed(gate_up, 2 * width, rows)
+    codes_t, scales_t = empty_codes(gate_up, (2 * width, rows), 1, TILE)
     config = _launch.config("swiglu_quant", "swiglu_backward_quant", _launch.arch(gate_up), N=width)
     _launch.launch(
         _swiglu_backward_quant_kernel, (2 * triton.cdiv(scales.shape[1], 2), triton.cdiv(rows, TILE)),
@@ -194,7 +193,7 @@ def _(gate_up: Tensor, weight: Tensor | None, ue8m0: bool) -> tuple[Tensor, Tens
 @_swiglu_backward_quant.register_fake
 def _(dy: Tensor, gate_up: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, width = gate_up.shape
-    return *empty_codes(gate_up, (rows, width), 1, TILE), *empty_codes_transposed(gate_up, width, rows)
+    return *empty_codes(gate_up, (rows, width), 1, TILE), *empty_codes(gate_up, (width, rows), 1, TILE)
 
 
 # --- public ops -------------------------------------------------------------------------------------------------------

@@ -27,6 +27,6 @@ def test_fp8_gemm(m: int, n: int, k: int) -> None:
     a, b = quantize_tiles(torch.randn(m, k)), quantize_blocks(torch.randn(n, k))
     out = torch.full((m, n), torch.nan)
     deepseek.fp8_gemm_kernel[(-(-m // 16), -(-n // 64))](
-        a[0], b[0], out, a[1], b[1], m, n, k, BLOCK_M=16, BLOCK_N=64, BLOCK_K=128
+        a[0], b[0], out, a[1].contiguous(), b[1], m, n, k, BLOCK_M=16, BLOCK_N=64, BLOCK_K=128
     )
     assert_near(out, fp8_gemm_reference(*a, *b, torch.float32).double(), error_bound(torch.float32, 4, k))

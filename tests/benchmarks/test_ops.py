@@ -46,13 +46,14 @@ def test_labels_of_cases_differ(op: str) -> None:
 
 @pytest.mark.parametrize("op", [op for op in OPS if (CONFIGS / f"{op}.json").is_file()])
 def test_candidates_are_configs_of_their_tables(op: str) -> None:
-    """A candidate sets the very arguments that the entry in use sets, but for options that have defaults. Where
-    descriptors are in use, pointers are tried beside them."""
+    """A candidate sets the very arguments that the entry in use sets, or those of a launch that may become one, but for
+    options that have defaults. Where descriptors are in use, pointers are tried beside them."""
     table = json.loads((CONFIGS / f"{op}.json").read_text())
     tuning = module(op).tuning(CPU)
     assert tuning and set(tuning) <= set(table)
     for kernel, tuned in tuning.items():
         used = [entry["config"] for chip in table[kernel].values() for entry in chip]
+        used += getattr(module(op), "BY_HAND", [])
         known = {frozenset(set(config) - OPTIONS - VARIANTS) for config in used}
         for entry in _launch.entries(op, kernel, "sm_90"):
             candidates = list(tuned.candidates(entry["shape"]))
