@@ -12,7 +12,8 @@ program finds its expert by counting which of these first numbers are not above 
 each row is a tile of its own, of which only a segment's first does work: weights are read once, and only those that
 are hit; there the weights are the operand that tensor cores want 64 rows of.
 Where the launch table says TMA, operands are fetched by tensor descriptors, each if its memory lies as these want it;
-tokens' rows by pointers, or for wide weight gradients after a copy. For moe_experts the epilogue is SwiGLU: half a
+tokens' rows by pointers, or for wide weight gradients after a copy. Where it says DEPTH, all is done by
+`_grouped_gemm_hopper`, if it can be. For moe_experts the epilogue is SwiGLU: half a
 tile's columns are gate's, half up's.
 Gradients: dx = the same product with w[e].T; dw[e] = dy_e.T @ x_e, one program an output tile walking through the
 segment's rows: no atomics, the same bits every time. Runs on every GPU that Triton knows.
@@ -280,6 +281,7 @@ def _sum_parts_kernel(parts_ptr, offsets_ptr, out_ptr, numbers, ROWS: tl.constex
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 PARTS, LEAST_PART = 8, 1024  # into how many a weight gradient's rows are divided at most, and rows of one at least
+# in place of launches by hand, where these cannot be
 PLAIN = {"TMA": True, "BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 4}
 PLAIN_OUTER = {"TMA": True, "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_T": 32, "GROUP": 8, "num_warps": 4, "num_stages": 4}
 COPIED = 1024  # columns of the other operand from which on tokens' rows are copied, where there are descriptors
@@ -302,9 +304,9 @@ def describable(x: Tensor) -> bool:
     return x.numel() > 0 and inner == 1 and whole and x.data_ptr() % 16 == 0
 
 
-def _by_hand(config: dict[str, Any], out: Tensor, *operands: Tensor) -> bool:
-    """Whether the launch table asks for Gluon's kernels, they can run, and descriptors can stand for what they move."""
-    return "DEPTH" in config and _launch.RUNS_GLUON and all(describable(x) for x in (out, *operands))
+def _by_hand(*moved: Tensor) -> bool:
+    """Whether Gluon's kernels can run, and descriptors can stand for what they move."""
+    return _launch.RUNS_GLUON and all(describable(x) for x in moved)
 
 
 def _triton_mm(
@@ -317,13 +319,13 @@ def _triton_mm(
     small = rows <= SMALL
     config = dict(_config("small", x, w) if small else _config("many", x, w, rows=rows // max(1, experts), K=depth))
     turned = w.stride(2) != 1
-    whole = swiglu is None or width % config["BLOCK_N"] == 0  # else a block of gate's columns would reach into up's
-    if whole and _by_hand(config, swiglu[2] if swiglu else y, x, w.transpose(1, 2) if turned else w):
-        from ._grouped_gemm_hopper import grouped
-
-        grouped(x, token, w, offsets, y, swiglu, **config)
-        return
     if "DEPTH" in config:
+        whole = swiglu is None or width % config["BLOCK_N"] == 0  # else a block of gate's columns would reach into up's
+        if whole and _by_hand(swiglu[2] if swiglu else y, x, w.transpose(1, 2) if turned else w):
+            from ._grouped_gemm_hopper import grouped  # Gluon, which is experimental: imported where it serves
+
+            grouped(x, token, w, offsets, y, swiglu, **config)
+            return
         config = dict(PLAIN)
     tma = config.pop("TMA", False)
     if small:
@@ -358,7 +360,7 @@ def _triton_outer(
     if "DEPTH" in config:
         tiles = triton.cdiv(down, 128) * triton.cdiv(across, config["BLOCK_N"])
         whole = _most_rows(rows, tiles, _launch.multiprocessors(out)) == 0
-        if whole and a_token is None and b_token is None and _by_hand(config, out, a, b):
+        if whole and a_token is None and b_token is None and _by_hand(out, a, b):
             from ._grouped_gemm_hopper import outer
 
             outer(a, b, offsets, out, **config)
