@@ -253,6 +253,7 @@ def test_no_count_leaves_the_device(tokens: int) -> None:
 
 # --- by hand ----------------------------------------------------------------------------------------------------------
 
+HALVES = [torch.float16, torch.bfloat16]
 BY_HAND = {
     "whole results": dict(BLOCK_N=128, DEPTH=64, PIECES=1, STAGES=8, STRIPE=2),
     "pieces": dict(BLOCK_N=256, DEPTH=64, PIECES=2, STAGES=8, STRIPE=8),
@@ -309,31 +310,33 @@ def products(
         yield f"weights' gradient in {kind}", room.grouped_outer(dy, x, offsets, dtype=kind), outer
 
 
-def check_by_hand(counts: Sequence[int], spare: int, device: torch.device, seeds: Sequence[int]) -> None:
+def check_by_hand(
+    counts: Sequence[int], spare: int, dtype: torch.dtype, device: torch.device, seeds: Sequence[int]
+) -> None:
     """The same bits each time, near the exact ones. 3 roundings: gate's or up's, the weight's product, the result's."""
-    bound = error_bound(torch.float16, 3, 1) + error_bound(torch.float32, 2, max(144, *counts))
+    bound = error_bound(dtype, 3, 1) + error_bound(torch.float32, 2, max(144, *counts))
     first: dict[str, Tensor] = {}
     for seed in seeds:
         torch.manual_seed(1)
         emulated = interpreted(seed) if device.type == "cpu" else contextlib.nullcontext()
         with emulated, poisoned_memory():
-            for name, got, want in products(counts, spare, torch.float16, device):
+            for name, got, want in products(counts, spare, dtype, device):
                 assert_near(got, want, bound, name, floor=float(got.numel() < 50))
                 assert torch.equal(first.setdefault(name, got), got), name
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU orders its warps itself")
-@pytest.mark.parametrize("config", BY_HAND.values(), ids=BY_HAND)
+@pytest.mark.parametrize(("config", "dtype"), zip(BY_HAND.values(), 2 * HALVES, strict=True), ids=BY_HAND)
 @pytest.mark.parametrize(
     ("counts", "spare"), [([70, 0, 1, 200, 0, 64], 70), ([0, 129, 0], 9), ([40], 0), ([0, 0], 35)], ids=str
 )
 def test_by_hand_in_any_order(
-    counts: list[int], spare: int, config: Mapping[str, int], monkeypatch: pytest.MonkeyPatch
+    counts: list[int], spare: int, config: Mapping[str, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whichever warps go ahead, however late a copy or product is."""
     use(config, monkeypatch)
     monkeypatch.setattr(_launch, "multiprocessors", lambda x: 2)
-    check_by_hand(counts, spare, torch.device("cpu"), range(2))
+    check_by_hand(counts, spare, dtype, torch.device("cpu"), range(2))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU orders its warps itself")
@@ -346,20 +349,23 @@ def test_by_hand_any_counts(counts: list[int], spare: int, programs: int, seed: 
     with pytest.MonkeyPatch.context() as patch:
         use(BY_HAND["few buffers"], patch)
         patch.setattr(_launch, "multiprocessors", lambda x: programs)
-        check_by_hand(counts, max(spare, 33 - sum(counts)), torch.device("cpu"), [seed])
+        check_by_hand(counts, max(spare, 33 - sum(counts)), torch.float16, torch.device("cpu"), [seed])
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("config", BY_HAND.values(), ids=BY_HAND)
 @pytest.mark.parametrize(
     "counts", [[512] * 8, [3000, 0, 1, 500, 64, 0, 131, 1000], [0, 4096, 0], [192, 128, 64, 65, 63]], ids=str
 )
-def test_by_hand_on_a_gpu(counts: list[int], config: Mapping[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_by_hand_on_a_gpu(
+    counts: list[int], config: Mapping[str, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("for Hopper alone")
     use(config, monkeypatch)
     monkeypatch.setattr(room, "_most_rows", lambda *_: 0)
-    check_by_hand(counts, 70, torch.device("cuda"), range(3))
+    check_by_hand(counts, 70, dtype, torch.device("cuda"), range(3))
 
 
 def test_what_goes_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
