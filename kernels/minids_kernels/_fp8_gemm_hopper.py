@@ -227,26 +227,31 @@ def _scales_in(buffer, strip, layout: gl.constexpr, STRIPS: gl.constexpr, SIZE: 
 
 
 @gluon.jit
-def _fetch_wgrad(
-    a, a_scale, b, b_scale, rings, shape, STRIPS: gl.constexpr, STRIPE: gl.constexpr, STAGES: gl.constexpr
-):
-    """The fetching warp: codes and scales of all tiles of this program, in order, into the rings."""
+def _fetch_group(operands, rings, m, n, group, stage, phase, STRIPS: gl.constexpr):
+    """Codes and scales of a step of the weight gradient: STRIPS of 64 rows of a from m on, 128 of b from n on."""
+    a, a_scale, b, b_scale = operands
     a_ring, b_ring, a_scales, b_scales, full, empty = rings
+    bar = full.index(stage)
+    mbarrier.wait(empty.index(stage), phase ^ 1)
+    mbarrier.expect(bar, (STRIPS * ROWS + COLUMNS) * (DEPTH + 4))
+    tma.async_copy_global_to_shared(b, [n, group * DEPTH], bar, b_ring.index(stage))
+    tma.async_copy_global_to_shared(b_scale, [group, n], bar, b_scales.index(stage))
+    tma.async_copy_global_to_shared(a_scale, [group, m], bar, a_scales.index(stage))
+    for strip in gl.static_range(STRIPS):
+        part = a_ring.index(stage * STRIPS + strip)
+        tma.async_copy_global_to_shared(a, [m + strip * ROWS, group * DEPTH], bar, part)
+
+
+@gluon.jit
+def _fetch_wgrad(operands, rings, shape, STRIPS: gl.constexpr, STRIPE: gl.constexpr, STAGES: gl.constexpr):
+    """The fetching warp: codes and scales of all tiles of this program, in order, into the rings."""
     M, N, K = shape
     BLOCK_M: gl.constexpr = STRIPS * ROWS
     stage, phase = gl.to_tensor(0), gl.to_tensor(0)
     for tile in range(gl.program_id(0), gl.cdiv(M, BLOCK_M) * gl.cdiv(N, COLUMNS), gl.num_programs(0)):
         m, n = _origin(tile, M, N, BLOCK_M, COLUMNS, STRIPE)
         for group in range(gl.cdiv(K, DEPTH)):
-            bar = full.index(stage)
-            mbarrier.wait(empty.index(stage), phase ^ 1)
-            mbarrier.expect(bar, (BLOCK_M + COLUMNS) * (DEPTH + 4))
-            tma.async_copy_global_to_shared(b, [n, group * DEPTH], bar, b_ring.index(stage))
-            tma.async_copy_global_to_shared(b_scale, [group, n], bar, b_scales.index(stage))
-            tma.async_copy_global_to_shared(a_scale, [group, m], bar, a_scales.index(stage))
-            for strip in gl.static_range(STRIPS):
-                part = a_ring.index(stage * STRIPS + strip)
-                tma.async_copy_global_to_shared(a, [m + strip * ROWS, group * DEPTH], bar, part)
+            _fetch_group(operands, rings, m, n, group, stage, phase, STRIPS)
             stage, phase = _next(stage, phase, STAGES)
 
 
@@ -319,7 +324,7 @@ def _fp8_gemm_wgrad_hopper_kernel(
         [
             (_multiply_wgrad, (target, rings, shape, 0, GROUPS, PIECES, ADD, STRIPE, STAGES)),
             (_multiply_wgrad, (target, rings, shape, 1, GROUPS, PIECES, ADD, STRIPE, STAGES)),
-            (_fetch_wgrad, (a, a_scale, b, b_scale, rings, shape, GROUPS * PIECES, STRIPE, STAGES)),
+            (_fetch_wgrad, ((a, a_scale, b, b_scale), rings, shape, GROUPS * PIECES, STRIPE, STAGES)),
         ],
         [4, 1],
         [REGISTERS, FETCH_REGISTERS],

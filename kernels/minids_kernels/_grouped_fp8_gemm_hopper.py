@@ -33,6 +33,7 @@ from ._fp8_gemm_hopper import (
     ROWS,
     SHARED,
     _descriptor,
+    _fetch_group,
     _next,
     _of_groups,
     _origin,
@@ -251,26 +252,14 @@ def _tile_tokens(tile, offsets, N, K, BLOCK_M: gl.constexpr, STRIPE: gl.constexp
 
 
 @gluon.jit
-def _fetch_tokens(
-    a, a_scale, b, b_scale, offsets, rings, shape, BLOCK_M: gl.constexpr, STRIPE: gl.constexpr, STAGES: gl.constexpr
-):
+def _fetch_tokens(operands, offsets, rings, shape, BLOCK_M: gl.constexpr, STRIPE: gl.constexpr, STAGES: gl.constexpr):
     """The fetching warp: codes and scales of all tiles of this program, in order, into the rings."""
-    a_ring, b_ring, a_scales, b_scales, full, empty = rings
     E, N, K = shape
-    STRIPS: gl.constexpr = BLOCK_M // ROWS
     stage, phase = gl.to_tensor(0), gl.to_tensor(0)
     for tile in range(gl.program_id(0), E * gl.cdiv(N, BLOCK_M) * gl.cdiv(K, COLUMNS), gl.num_programs(0)):
         _, n, k, first, steps = _tile_tokens(tile, offsets, N, K, BLOCK_M, STRIPE)
         for group in range(first, first + steps):
-            bar = full.index(stage)
-            mbarrier.wait(empty.index(stage), phase ^ 1)
-            mbarrier.expect(bar, (BLOCK_M + COLUMNS) * (DEPTH + 4))
-            tma.async_copy_global_to_shared(b, [k, group * DEPTH], bar, b_ring.index(stage))
-            tma.async_copy_global_to_shared(b_scale, [group, k], bar, b_scales.index(stage))
-            tma.async_copy_global_to_shared(a_scale, [group, n], bar, a_scales.index(stage))
-            for strip in gl.static_range(STRIPS):
-                part = a_ring.index(stage * STRIPS + strip)
-                tma.async_copy_global_to_shared(a, [n + strip * ROWS, group * DEPTH], bar, part)
+            _fetch_group(operands, rings, n, k, group, stage, phase, BLOCK_M // ROWS)
             stage, phase = _next(stage, phase, STAGES)
 
 
@@ -354,7 +343,7 @@ def _grouped_fp8_gemm_wgrad_hopper_kernel(
                 _multiply_tokens,
                 (outs, buffers.index(1), old.index(1), offsets, rings, shape, 1, ADD, BLOCK_M, STRIPE, STAGES),
             ),
-            (_fetch_tokens, (a, a_scale, b, b_scale, offsets, rings, shape, BLOCK_M, STRIPE, STAGES)),
+            (_fetch_tokens, ((a, a_scale, b, b_scale), offsets, rings, shape, BLOCK_M, STRIPE, STAGES)),
         ],
         [4, 1],
         [REGISTERS, FETCH_REGISTERS],
