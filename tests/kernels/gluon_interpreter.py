@@ -157,12 +157,6 @@ class AsyncCopy:
         while queue.count(_committed) > int(left):
             queue.popleft()()
 
-    @staticmethod
-    def mbarrier_arrive(at: Shared, increment_count: bool = True) -> None:
-        assert not increment_count
-        barrier, group = barrier_at(at), running_group()
-        group.queues["copy"].append(lambda: barrier.arrive(32 * group.warps))
-
 
 def _fence() -> None:
     group = running_group()
