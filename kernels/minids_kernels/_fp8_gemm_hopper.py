@@ -382,8 +382,9 @@ def gemm_wgrad(
     GROUPS: int, PIECES: int, STAGES: int, STRIPE: int,
 ) -> None:  # fmt: skip
     """out [M, N] fp32 = a [M, K] @ b [N, K].T, or with `add` added to it; a_scale [M, ceil(K / 128)], b_scale
-    [N, ceil(K / 128)]. Rows of a and b start at multiples of 16 bytes, their columns are contiguous; any strides of
-    out. GROUPS: 2; PIECES: 1 or 2; STAGES: fewer are taken where there is no room."""
+    [N, ceil(K / 128)], copied unless neighbours along the first dimension are side by side. Rows of a and b start at
+    multiples of 16 bytes, their columns are contiguous; any strides of out. GROUPS: 2; PIECES: 1 or 2; STAGES: fewer
+    are taken where there is no room."""
     (M, K), N = a.shape, b.shape[0]
     rows = 64 * GROUPS * PIECES
     stages = SHARED // ((rows + 128) * (128 + 4))

@@ -9,6 +9,8 @@ cores take numbers of two bytes along either dimension.
 
 Rows of tokens in any order are fetched by four warps, 16 bytes a thread. Tensor cores do not see what such copies have
 written before a fence (PTX ISA, asynchronous proxy): who fetches waits for them, some steps behind, and fences.
+
+No launch table names these kernels before they were measured; `benchmarks.tune` tries them on sm_90.
 """
 
 from __future__ import annotations
@@ -195,6 +197,7 @@ def _fetch_rows(
     x, token, w, rings, segments, K, x_stride, GATHERED: gl.constexpr, TURNED: gl.constexpr, SWIGLU: gl.constexpr,
     COLUMNS: gl.constexpr, BLOCK_N: gl.constexpr, DEPTH: gl.constexpr, STRIPE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    """The fetching warps: four if GATHERED, else one."""
     if GATHERED:
         _fetch_gathered(
             x, token, w, rings, segments, K, x_stride, TURNED, SWIGLU, COLUMNS, BLOCK_N, DEPTH, STRIPE, STAGES

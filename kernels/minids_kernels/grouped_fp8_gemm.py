@@ -53,7 +53,7 @@ from .fp8_quant import (
     quantize_tiles_transposed_reference,
     scales_of,
 )
-from .grouped_gemm import SMALL, describable, segment_at, segment_of
+from .grouped_gemm import SMALL, by_hand, describable, segment_at, segment_of
 
 if _launch.HAS_TRITON:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -247,11 +247,6 @@ def _fetched(
     return x, y, {**config, "WIDE": wide, "TMA": tma}
 
 
-def _by_hand(a: Tensor, b: Tensor, out: Tensor) -> bool:
-    """Whether descriptors can fetch codes a and b and store rows of `out`, and Gluon's kernels can run."""
-    return _launch.RUNS_GLUON and describable(a) and describable(b) and out.shape[-1] * out.element_size() % 16 == 0
-
-
 def _triton_gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor, out: Tensor) -> None:
     if out.numel() == 0:
         return
@@ -265,7 +260,7 @@ def _triton_gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets
     else:
         config = _launch.config("grouped_fp8_gemm", "many", arch, rows=rows // max(1, experts))
         if "GROUPS" in config:
-            if _by_hand(a, b, out):
+            if by_hand(a, b, out):
                 from ._grouped_fp8_gemm_hopper import grouped
 
                 grouped(a, a_scale, b, b_scale, offsets, out, **config)
@@ -310,7 +305,7 @@ def _triton_wgrad(
     a, b = _aligned(a), _aligned(b)
     config = _launch.config("grouped_fp8_gemm", "wgrad", _launch.arch(a))
     if "GROUPS" in config:
-        if _by_hand(a, b, out) and out.is_contiguous() and out.data_ptr() % 16 == 0:
+        if by_hand(a, b, out) and out.is_contiguous():
             from ._grouped_fp8_gemm_hopper import wgrad
 
             wgrad(a, a_scale, b, b_scale, offsets, out, add, config["STAGES"], config["STRIPE"])

@@ -304,7 +304,7 @@ def describable(x: Tensor) -> bool:
     return x.numel() > 0 and inner == 1 and whole and x.data_ptr() % 16 == 0
 
 
-def _by_hand(*moved: Tensor) -> bool:
+def by_hand(*moved: Tensor) -> bool:
     """Whether Gluon's kernels can run, and descriptors can stand for what they move."""
     return _launch.RUNS_GLUON and all(describable(x) for x in moved)
 
@@ -321,7 +321,7 @@ def _triton_mm(
     turned = w.stride(2) != 1
     if "DEPTH" in config:
         whole = swiglu is None or width % config["BLOCK_N"] == 0  # else a block of gate's columns would reach into up's
-        if whole and _by_hand(swiglu[2] if swiglu else y, x, w.transpose(1, 2) if turned else w):
+        if whole and by_hand(swiglu[2] if swiglu else y, x, w.transpose(1, 2) if turned else w):
             from ._grouped_gemm_hopper import grouped  # Gluon, which is experimental: imported where it serves
 
             grouped(x, token, w, offsets, y, swiglu, **config)
@@ -358,9 +358,9 @@ def _triton_outer(
     if "DEPTH" in config or config.get("TMA"):
         (a, a_token), (b, b_token) = _in_order(a, a_token, across), _in_order(b, b_token, down)
     if "DEPTH" in config:
-        tiles = triton.cdiv(down, 128) * triton.cdiv(across, config["BLOCK_N"])
+        tiles = triton.cdiv(down, 128) * triton.cdiv(across, config["BLOCK_N"])  # by hand, of an expert
         whole = _most_rows(rows, tiles, _launch.multiprocessors(out)) == 0
-        if whole and a_token is None and b_token is None and _by_hand(out, a, b):
+        if whole and a_token is None and b_token is None and by_hand(out, a, b):
             from ._grouped_gemm_hopper import outer
 
             outer(a, b, offsets, out, **config)
