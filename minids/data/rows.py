@@ -315,7 +315,10 @@ def _json_array(path: Path, stream: io.BufferedReader) -> Iterator[Record]:
 
 
 def _csv(path: Path, stream: io.BufferedReader, delimiter: str) -> Iterator[Record]:
+    ended = False
+
     def lines() -> Iterator[str]:
+        nonlocal ended
         text = io.TextIOWrapper(stream, "utf-8", "surrogateescape", newline="")
         while line := text.readline(MAX_RECORD):
             if len(line) == MAX_RECORD:
@@ -323,12 +326,12 @@ def _csv(path: Path, stream: io.BufferedReader, delimiter: str) -> Iterator[Reco
                     f"{path}: a line is longer than {MAX_RECORD} characters; wanted rows on lines of their own"
                 )
             yield line
+        ended = True
 
     csv.field_size_limit(MAX_RECORD)  # the module's own limit is 128 KiB, and one for the whole process
-    reader = csv.reader(lines(), delimiter=delimiter)
-    header = [name.strip() for name in next(reader, [])]
-    if find_shape(header) is None:
-        raise InputError(f"{path}:1: {wrong_columns(header)}")
+    # not strict, it takes all that follows an open quote as one field, and glues what follows a closed one to it
+    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
+    header: list[str] = []
     while True:
         number = reader.line_num + 1
         try:
@@ -336,11 +339,18 @@ def _csv(path: Path, stream: io.BufferedReader, delimiter: str) -> Iterator[Reco
         except StopIteration:
             return
         except csv.Error as error:
+            if ended or not header:
+                why = "cut off, or a quote opened in this row is never closed" if ended else error
+                raise InputError(f"{path}:{number}: not valid csv ({why})") from None
             yield number, BadRow("not valid csv", f"not valid csv ({error})")
             continue
-        if not fields:
+        if not header:
+            header = [name.strip() for name in fields]
+            if find_shape(header) is None:
+                raise InputError(f"{path}:{number}: {wrong_columns(header)}")
+        elif not fields:
             continue
-        if not _encodable("".join(fields)):
+        elif not _encodable("".join(fields)):
             yield number, BadRow(NOT_UTF8, "the row is not UTF-8")
         elif len(fields) != len(header):
             yield (

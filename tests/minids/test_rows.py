@@ -349,6 +349,8 @@ def test_wrong_columns(tmp_path: Path) -> None:
         ("x.jsonl.gz", gzip.compress(b"", mtime=0), "the file is empty"),
         ("x.jsonl", b"\n\n", "no usable row"),
         ("x.csv", b"text\n", "no usable row"),
+        ("x.csv", b'text\na\n"never closed\nb\nc\n', "x.csv:3: not valid csv (cut off, or a quote"),
+        ("x.csv", b'"text" of\na\n', "x.csv:1: not valid csv ("),
         ("x.json", b"[]", "no usable row"),
         ("x.jsonl", b"{\n}\n", "no usable row (2 not valid JSON; first bad row: "),
         ("x.csv", "text\n你好\n".encode("gb18030"), "iconv -f gb18030 -t utf-8"),
@@ -374,6 +376,16 @@ def test_csv_rows_that_do_not_fit_the_header(tmp_path: Path) -> None:
     path = write(tmp_path / "x.csv", 'text,n\n"two\nlines",1\nshort\n\nlast,2\n')
     assert [(row.text, row.number) for row in read_rows(path, report=report)] == [("two\nlines", 2), ("last", 6)]
     assert report.examples == {"field count": [f"{path}:4: 1 fields; the header has 2: text, n"]}
+
+
+def test_csv_rows_whose_quotes_are_wrong(tmp_path: Path) -> None:
+    report = RowReport()
+    path = write(tmp_path / "x.csv", 'text,n\nsay "hi",1\n"a" b,2\n"open,3\nnext,"4"\n"last ""one""",5\n')
+    assert [row.text for row in read_rows(path, report=report)] == ['say "hi"', 'last "one"']
+    assert report.skipped == {"not valid csv": 2}
+    assert [place.split(" (")[0] for place in report.examples["not valid csv"]] == [
+        f"{path}:3: not valid csv", f"{path}:4: not valid csv",
+    ]  # fmt: skip
 
 
 def test_records_beyond_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
