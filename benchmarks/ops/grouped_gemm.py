@@ -125,7 +125,8 @@ def tuning(device: torch.device) -> dict[str, Tuning]:
         return combinations(BLOCK_N=(64, 128), BLOCK_K=(64, 128, 256), num_warps=(4, 8), num_stages=(3, 4, 5))
 
     def outer(shape: Mapping[str, int]) -> list[dict[str, Any]]:
-        return by_hand + combinations(
+        # of fewer tiles than multiprocessors the rows are shared out, by the kernel of any chip
+        return (by_hand if shape["M"] >= 2048 else []) + combinations(
             TMA=(True, False), BLOCK_M=(64, 128), BLOCK_N=(128, 256), BLOCK_T=(32, 64, 128), GROUP=(8,),
             num_warps=(4, 8), num_stages=(3, 4, 5),
         )  # fmt: skip

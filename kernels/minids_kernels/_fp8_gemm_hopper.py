@@ -351,7 +351,7 @@ def _of_groups(scale: Tensor, rows: int) -> TensorDescriptor:
     """Scales [R, G] as [G, R], in blocks of so many rows' of one group: of where they lie, if neighbours are side by
     side and groups start at multiples of 16 bytes, else of a copy."""
     scale = scale.T
-    if scale.stride(1) != 1 or scale.stride(0) % 4 or scale.data_ptr() % 16:
+    if scale.stride(1) != 1 or scale.stride(0) < 1 or scale.stride(0) % 4 or scale.data_ptr() % 16:
         groups, width = scale.shape
         scale = scale.new_empty(groups, triton.cdiv(width, 4) * 4)[:, :width].copy_(scale)
     return _descriptor(scale, 1, rows)

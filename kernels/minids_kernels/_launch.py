@@ -48,6 +48,7 @@ __all__ = [
     "launched_by",
     "multiprocessors",
     "queued",
+    "runs_gluon",
     "tl",
     "triton",
     "use_triton",
@@ -81,6 +82,12 @@ def _device_arch(index: int) -> str:
 def arch(x: Tensor) -> str:
     """ "sm_90", "gfx942", ... of the chip that x lies on; the interpreter counts as "sm_90"."""
     return _device_arch(x.get_device()) if x.is_cuda else "sm_90"
+
+
+def runs_gluon(x: Tensor) -> bool:
+    """Whether kernels in Gluon can run where x lies: all of them have Hopper's instructions, which no later chip has,
+    while launch tables of a later chip may be Hopper's."""
+    return RUNS_GLUON and arch(x) == "sm_90"
 
 
 @functools.cache

@@ -451,7 +451,6 @@ def fits(q: Tensor, kv_cache: Tensor, v_dim: int, scale: float) -> bool:
         and kv_cache.numel() > 0
         and kv_cache.data_ptr() % 16 == 0
         and scale > 0
-        and _launch.arch(q) == "sm_90"
     )
 
 

@@ -229,7 +229,7 @@ def _triton_gemm(
     table = "fp8_gemm" if blocks else "fp8_gemm_wgrad"
     config = dict(_launch.config("fp8_gemm", table, _launch.arch(a), M=a.shape[0], N=b.shape[0], K=a.shape[1]))
     if "GROUPS" in config:
-        if _launch.RUNS_GLUON and (not blocks or out.shape[1] * out.element_size() % 16 == 0):
+        if _launch.runs_gluon(a) and (not blocks or out.shape[1] * out.element_size() % 16 == 0):
             from ._fp8_gemm_hopper import gemm, gemm_wgrad  # Gluon, which is experimental: imported where it serves
 
             if blocks:

@@ -306,7 +306,7 @@ def describable(x: Tensor) -> bool:
 
 def by_hand(*moved: Tensor) -> bool:
     """Whether Gluon's kernels can run, and descriptors can stand for what they move."""
-    return _launch.RUNS_GLUON and all(describable(x) for x in moved)
+    return _launch.runs_gluon(moved[0]) and all(describable(x) for x in moved)
 
 
 def _triton_mm(
@@ -320,8 +320,10 @@ def _triton_mm(
     config = dict(_config("small", x, w) if small else _config("many", x, w, rows=rows // max(1, experts), K=depth))
     turned = w.stride(2) != 1
     if "DEPTH" in config:
-        whole = swiglu is None or width % config["BLOCK_N"] == 0  # else a block of gate's columns would reach into up's
-        if whole and by_hand(swiglu[2] if swiglu else y, x, w.transpose(1, 2) if turned else w):
+        # else a block of gate's columns would reach into up's
+        whole = swiglu is None or (width % config["BLOCK_N"] == 0 and not turned)
+        even = token is None or depth % 16 == 0  # else the copies of tokens' rows are not known to end at 16 bytes
+        if whole and even and by_hand(swiglu[2] if swiglu else y, x, w.transpose(1, 2) if turned else w):
             from ._grouped_gemm_hopper import grouped  # Gluon, which is experimental: imported where it serves
 
             grouped(x, token, w, offsets, y, swiglu, **config)
@@ -359,7 +361,7 @@ def _triton_outer(
         (a, a_token), (b, b_token) = _in_order(a, a_token, across), _in_order(b, b_token, down)
     if "DEPTH" in config:
         tiles = triton.cdiv(down, 128) * triton.cdiv(across, config["BLOCK_N"])  # by hand, of an expert
-        whole = _most_rows(rows, tiles, _launch.multiprocessors(out)) == 0
+        whole = _most_rows(rows, tiles, _launch.multiprocessors(out)) == 0 and out.dtype != torch.float64
         if whole and a_token is None and b_token is None and by_hand(out, a, b):
             from ._grouped_gemm_hopper import outer
 

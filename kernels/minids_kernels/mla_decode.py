@@ -328,7 +328,7 @@ def _triton_decode(
     arch = _launch.arch(q)
     config = {"KEYS_FIRST": False, **_launch.config("mla_decode", kernel, arch, rows=rows, v_dim=v_dim)}
     by_hand = False
-    if config.pop("BY_HAND", False) and _launch.RUNS_GLUON:
+    if config.pop("BY_HAND", False) and _launch.runs_gluon(q):
         from . import _mla_decode_hopper  # Gluon, which is experimental: imported where it serves
 
         by_hand = _mla_decode_hopper.fits(q, kv_cache, v_dim, scale)

@@ -296,7 +296,10 @@ def test_scales_are_read_where_they_lie() -> None:
     """By a weight gradient by hand, if a bulk copy can; `quantize_tiles_transposed` has them so."""
     of_groups = importlib.import_module("minids_kernels._fp8_gemm_hopper")._of_groups
     found = quantize_tiles_transposed(torch.randn(300, 8))[1]
-    for scale, copied in ((found, False), (found[:, 1:], False), (found[1:], True), (torch.rand(6, 3).T, True)):
+    one_group = torch.rand(300, 1).expand(300, 4)
+    for scale, copied in (
+        (found, False), (found[:, 1:], False), (found[1:], True), (torch.rand(6, 3).T, True), (one_group, True),
+    ):  # fmt: skip
         described = of_groups(scale, 64)
         assert described.shape == [scale.shape[1], scale.shape[0]] and described.block_shape == [1, 64]
         assert torch.equal(described.base.as_strided(described.shape, described.strides), scale.T)

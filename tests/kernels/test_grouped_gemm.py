@@ -326,7 +326,7 @@ def check_by_hand(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU orders its warps itself")
-@pytest.mark.parametrize(("config", "dtype"), zip(BY_HAND.values(), 2 * HALVES, strict=True), ids=BY_HAND)
+@pytest.mark.parametrize(("config", "dtype"), [*zip(BY_HAND.values(), 2 * HALVES, strict=True)], ids=BY_HAND)
 @pytest.mark.parametrize(
     ("counts", "spare"), [([70, 0, 1, 200, 0, 64], 70), ([0, 129, 0], 9), ([40], 0), ([0, 0], 35)], ids=str
 )
@@ -376,6 +376,7 @@ def test_what_goes_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     odd, offsets, token = torch.empty(4096, 516, dtype=torch.float16)[:, :512], torch.empty(9).int(), torch.zeros(4096)
     pair, token = token.long(), token.long()
     stored, turned = w.view(8, 512, 512), w.view(8, 512, 512).transpose(1, 2)
+    part, part_stored = narrow[:, :488], stored[..., :488]  # every row at 16 bytes, but 488 is no multiple of 16
     calls: dict[str, Callable[[], Any]] = {
         "rows": lambda: room.grouped_mm(narrow, stored, offsets),
         "turned": lambda: room.grouped_mm(narrow, turned, offsets),
@@ -383,6 +384,10 @@ def test_what_goes_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         "SwiGLU": lambda: room.grouped_swiglu(narrow, stored, offsets, token, pair, pair, False),
         "outer": lambda: room.grouped_outer(wide, wide, offsets),
         "outer of copied rows": lambda: room.grouped_outer(wide, wide, offsets, b_token=token),
+        "K off 16": lambda: room.grouped_mm(part, part_stored, offsets),
+        "tokens, K off 16": lambda: room.grouped_mm(part, part_stored, offsets, token),
+        "SwiGLU of turned weights": lambda: room.grouped_swiglu(narrow, turned, offsets, token, pair, pair, False),
+        "outer in fp64": lambda: room.grouped_outer(wide, wide, offsets, dtype=torch.float64),
         "rows off 16 bytes": lambda: room.grouped_mm(odd, stored, offsets),
         "result off 16 bytes": lambda: room.grouped_mm(narrow, stored[:, :500], offsets),
         "SwiGLU, half a block": lambda: room.grouped_swiglu(narrow, stored[:, :384], offsets, token, pair, pair, False),
@@ -391,7 +396,17 @@ def test_what_goes_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     names = {name: record([(name, call)], "sm_90")[0].kernel.__name__ for name, call in calls.items()}
     by_hand = {name for name, kernel in names.items() if kernel.endswith("_hopper_kernel")}
-    assert by_hand == set(list(calls)[:6]), names
+    assert by_hand == set(list(calls)[:7]), names
+
+
+def test_no_later_chip_takes_what_is_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables without entries of a chip's own give it those of the one before."""
+    use(BY_HAND["pieces"], monkeypatch)
+    monkeypatch.setattr(_launch, "RUNS_GLUON", True)
+    x, w, offsets = torch.empty(4096, 512, dtype=torch.float16), torch.empty(8, 512, 512).half(), torch.empty(9).int()
+    for chip, hopper in (("sm_89", False), ("sm_90", True), ("sm_100", False), ("sm_120", False)):
+        [launched] = record([("", lambda: room.grouped_mm(x, w, offsets))], chip)
+        assert launched.kernel.__name__.endswith("_hopper_kernel") == hopper, chip
 
 
 # --- descriptors ------------------------------------------------------------------------------------------------------
