@@ -141,7 +141,8 @@ def _setup(ctx, inputs, output) -> None:
 def _backward(ctx, dout, dlse, dkept):
     if dout is None:  # nothing came back
         return (None,) * 13
-    rows, rest = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+    saved = ctx.saved_tensors  # once: activation checkpointing hands each out one time
+    rows, rest = saved[:5], saved[5:]
     grads = iter(_mla_attention_backward(dout, *rows, *rest, ctx.causal, ctx.scale))
     return *(None if x is None else next(grads) for x in rows), *[None] * 8
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from minids_kernels.compat import transformers as compat
 from minids_kernels.compat.transformers import apply_to_transformers
 from torch import Tensor, nn
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 
 from tests.kernels.numerics import assert_near, error_bound
 
@@ -143,6 +145,82 @@ def test_padding_changes_no_logit_and_no_gradient(side: str, implementation: str
         assert_near(got, want.double(), error_bound(torch.float32, 20 * LAYERS, ids.numel() * 56))
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flash_attention_2"])
+def test_packed_documents_are_refused(implementation: str) -> None:
+    """transformers sees them in positions that begin anew, and says so in its mask, if it makes one."""
+    model = peer().eval()
+    model.config._attn_implementation = implementation  # of the third we need the mask, which is none, not its package
+    apply_to_transformers(model)
+    for lengths in ([5, 4], [1, 8], [8, 1], [3, 3, 3]):
+        positions = torch.cat([torch.arange(length) for length in lengths])[None]
+        with torch.no_grad(), pytest.raises(ValueError, match=r"got (packed documents|another mask)"):
+            model(torch.randint(50, (1, 9)), position_ids=positions, use_cache=False)
+    with torch.no_grad():
+        assert model(torch.randint(50, (1, 9)), position_ids=torch.arange(3, 12)[None]).logits.isfinite().all()
+
+
+def test_checkpointed_layers_give_the_same_gradients(ids: Tensor) -> None:
+    model = peer().train()
+    before = results(model, ids)
+    apply_to_transformers(model)
+    model.gradient_checkpointing_enable()
+    for got, want in zip(results(model, ids), before, strict=True):
+        assert_near(got, want.double(), error_bound(torch.float32, 20 * LAYERS, ids.numel() * 56))
+
+
+def test_gradients_flow_behind_a_past(ids: Tensor) -> None:
+    """To the new tokens' own computation, as in transformers; one prompt is padded."""
+    model = peer().eval()
+    mask = torch.tensor([[1] * 9, [0] * 2 + [1] * 7])
+
+    def outcome() -> list[Tensor]:
+        model.zero_grad()
+        with torch.no_grad():
+            cache = model(ids[:, :6], attention_mask=mask[:, :6], use_cache=True).past_key_values
+        logits = model(ids[:, 6:], attention_mask=mask, past_key_values=cache).logits
+        logits.square().mean().backward()
+        return [logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    before = outcome()
+    apply_to_transformers(model)
+    for got, want in zip(outcome(), before, strict=True):
+        assert_near(got, want.double(), error_bound(torch.float32, 20 * LAYERS, ids.numel() * 56))
+
+
+class Adapted(nn.Module):
+    """A linear layer with more to it than its weight, as adapters for fine-tuning have it."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.low = nn.Parameter(torch.randn(base.out_features, 2) @ torch.randn(2, base.in_features) / 8)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + x @ self.low.T
+
+
+@pytest.mark.parametrize("how", ["adapter", "hook", "forward"])
+def test_projections_that_are_more_than_their_weight(how: str) -> None:
+    model, ids = peer().eval(), torch.randint(1, 50, (2, 5))
+    attention = model.model.layers[1].self_attn
+    projection = attention.kv_b_proj
+    if how == "adapter":
+        attention.kv_b_proj = Adapted(projection)
+    elif how == "hook":
+        projection.register_forward_hook(lambda module, args, out: 1.5 * out)
+    else:
+        projection.forward = lambda x: nn.functional.linear(x, projection.weight) - 0.5
+    settings = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, return_dict_in_generate=True, output_logits=True)
+    want = model.generate(ids, **settings)
+    apply_to_transformers(model)
+    got = model.generate(ids, **settings)
+    torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=1e-4, rtol=1e-4)
+
+
 def test_masks_of_two_dimensions() -> None:
     """As models on FlashAttention give them: what those of four say."""
     keys = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
@@ -190,8 +268,13 @@ def test_what_is_refused(ids: Tensor) -> None:
         mask[1, 8] = 0
         with pytest.raises(ValueError, match="attention_mask: got"):
             model(ids[:, 4:], attention_mask=mask, past_key_values=cache)
-        with pytest.raises(ValueError, match="cu_seq_lens_q: got a tensor"):
+        with pytest.raises(ValueError, match="cu_seq_lens_q: got packed documents"):
             model(ids, cu_seq_lens_q=torch.tensor([0, 18]))
+        for setting in (model.config, model.model.layers[0].self_attn):
+            setting.is_causal = False
+            with pytest.raises(ValueError, match="is_causal: got False, allowed is True"):
+                model(ids)
+            setting.is_causal = True
     with pytest.raises(ValueError, match="cache: got a StaticCache of fixed length"):
         model.generate(ids, max_new_tokens=2, cache_implementation="static")
     with pytest.raises(ValueError, match=r"attention_dropout: got 0\.1 in training"):
@@ -242,6 +325,35 @@ def test_other_models_and_copies_are_their_own(ids: Tensor, calls: dict[str, int
             parameter.zero_()
     assert copy(ids).logits.abs().max() == 0 and calls["rms_norm"] == NORMS
     assert model(ids).logits.abs().max() > 0
+
+
+def test_a_served_model_can_be_saved_whole(ids: Tensor, tmp_path: Path) -> None:
+    model = peer()
+    apply_to_transformers(model)
+    torch.save(model, tmp_path / "model.pt")
+    copy = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(copy(ids).logits, model(ids).logits)
+    assert copy.model.norm.forward.args == (copy.model.norm,)
+
+
+class SameAttention(DeepseekV3Attention):
+    pass
+
+
+class OtherAttention(DeepseekV3Attention):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out, weights = super().forward(*args, **kwargs)
+        return 2 * out, weights
+
+
+def test_subclasses_are_served_unless_they_compute_something_else(ids: Tensor) -> None:
+    model = peer()
+    for layer, kind in zip(model.model.layers, (SameAttention, OtherAttention), strict=True):
+        layer.self_attn.__class__ = kind
+    before = model(ids).logits
+    apply_to_transformers(model)
+    assert ["forward" in vars(layer.self_attn) for layer in model.model.layers] == [True, False]
+    assert_near(model(ids).logits, before.double(), error_bound(torch.float32, 20 * LAYERS, ids.numel() * 56))
 
 
 def test_another_activation_keeps_its_experts(ids: Tensor, calls: dict[str, int]) -> None:
