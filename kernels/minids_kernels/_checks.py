@@ -26,6 +26,13 @@ def check_shape(name: str, x: Tensor, expected: tuple[int | None, ...]) -> None:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, allowed is ({want})")
 
 
+def check_devices(x: Tensor, **others: Tensor) -> None:
+    """The others lie where x lies."""
+    for name, other in others.items():
+        if other.device != x.device:
+            raise ValueError(f"{name}: got device {other.device}, allowed is {x.device}")
+
+
 def as_rows(x: Tensor) -> Tensor:
     """x [..., N] as [M, N]: x itself if it is that, since a view is one more node of autograd's graph."""
     return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from . import _launch
-from ._checks import check_shape
+from ._checks import check_dtype, check_shape
 from ._launch import tl, triton
 from ._operator import operator
 
@@ -301,6 +301,15 @@ def _fp8_gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out_dtype:
     return out
 
 
+@operator("fp8_gemm_into", mutates_args=("out",))
+def _fp8_gemm_into(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out: Tensor) -> None:
+    """`_fp8_gemm` written to `out` [M, N], contiguous."""
+    if _launch.use_triton(a):
+        _triton_gemm(a, a_scale, b, b_scale, out, blocks=True)
+    else:
+        out.copy_(_torch_gemm(a, a_scale, b, b_scale, out.dtype, GROUP))
+
+
 @operator("fp8_gemm_wgrad")
 def _fp8_gemm_wgrad(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
     """a [M, K], b [N, K], both with tiles' scales -> [M, N] fp32."""
@@ -323,6 +332,11 @@ def _fp8_gemm_wgrad_add(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, 
 @_fp8_gemm.register_fake
 def _(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[0], dtype=out_dtype)
+
+
+@_fp8_gemm_into.register_fake
+def _(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out: Tensor) -> None:
+    return None
 
 
 @_fp8_gemm_wgrad.register_fake
@@ -361,6 +375,21 @@ def fp8_gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out_dtype: 
     if out_dtype not in OUT_DTYPES:
         raise TypeError(f"out_dtype: got {out_dtype}, allowed are {', '.join(map(str, OUT_DTYPES))}")
     return _fp8_gemm(a, a_scale, b, b_scale, out_dtype)
+
+
+def fp8_gemm_into(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out: Tensor) -> None:
+    """`fp8_gemm` written to out [M, N] (bf16, fp16 or fp32, contiguous). Raises as it does, and for such an `out`."""
+    _check_operand("a", a, a_scale, None, 1)
+    _check_operand("b", b, b_scale, a.shape[1], GROUP)
+    check_out(out, (a.shape[0], b.shape[0]))
+    _fp8_gemm_into(a, a_scale, b, b_scale, out)
+
+
+def check_out(out: Tensor, shape: tuple[int, ...]) -> None:
+    check_shape("out", out, shape)
+    check_dtype("out", out, *OUT_DTYPES)
+    if not out.is_contiguous():
+        raise ValueError(f"out: got strides {out.stride()}, allowed is a contiguous tensor")
 
 
 def fp8_gemm_wgrad(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out: Tensor | None = None) -> Tensor:

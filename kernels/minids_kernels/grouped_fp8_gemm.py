@@ -45,6 +45,7 @@ from .fp8_gemm import (
     _tile,
     _torch_gemm,
     _values,
+    check_out,
 )
 from .fp8_quant import (
     empty_codes,
@@ -395,6 +396,14 @@ def _grouped_fp8_gemm(
     return out
 
 
+@operator("grouped_fp8_gemm_into", mutates_args=("out",))
+def _grouped_fp8_gemm_into(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor, out: Tensor
+) -> None:  # fmt: skip
+    """`_grouped_fp8_gemm` written to `out` [T, N], contiguous."""
+    (_triton_gemm if _launch.use_triton(a) else _torch_grouped)(a, a_scale, b, b_scale, offsets, out)
+
+
 @operator("grouped_fp8_gemm_masked", mutates_args=("out",))
 def _grouped_fp8_gemm_masked(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, expected: int, out: Tensor
@@ -425,6 +434,11 @@ def _quantize_segments(x: Tensor, offsets: Tensor, token: Tensor | None) -> tupl
 @_grouped_fp8_gemm.register_fake
 def _(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor, out_dtype: torch.dtype) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1], dtype=out_dtype)
+
+
+@_grouped_fp8_gemm_into.register_fake
+def _(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor, out: Tensor) -> None:
+    return None
 
 
 @_grouped_fp8_gemm_masked.register_fake
@@ -495,6 +509,18 @@ def grouped_fp8_gemm(
     return _grouped_fp8_gemm(a, a_scale, b, b_scale, offsets, out_dtype)
 
 
+def grouped_fp8_gemm_into(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor, out: Tensor
+) -> None:  # fmt: skip
+    """`grouped_fp8_gemm` written to out [T, N] (bf16, fp16 or fp32, contiguous). Raises as it does, and for such an
+    `out`."""
+    check_shape("a", a, (None, None))
+    _check_operands(a, a_scale, b, b_scale)
+    _check_offsets(offsets, b.shape[0])
+    check_out(out, (a.shape[0], b.shape[1]))
+    _grouped_fp8_gemm_into(a, a_scale, b, b_scale, offsets, out)
+
+
 def grouped_fp8_gemm_masked(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, out: Tensor, expected: int
 ) -> None:
@@ -509,10 +535,7 @@ def grouped_fp8_gemm_masked(
     _check_operands(a, a_scale, b, b_scale)
     check_shape("counts", counts, (b.shape[0],))
     check_dtype("counts", counts, torch.int32)
-    check_shape("out", out, (*a.shape[:2], b.shape[1]))
-    check_dtype("out", out, *OUT_DTYPES)
-    if not out.is_contiguous():
-        raise ValueError(f"out: got strides {out.stride()}, allowed is a contiguous tensor")
+    check_out(out, (*a.shape[:2], b.shape[1]))
     _grouped_fp8_gemm_masked(a, a_scale, b, b_scale, counts, expected, out)
 
 

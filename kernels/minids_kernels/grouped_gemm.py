@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from . import _launch
-from ._checks import check_float, check_shape, compute_dtype
+from ._checks import check_devices, check_float, check_shape, compute_dtype
 from ._launch import tl, triton
 from ._operator import operator
 from .swiglu import swiglu_values
@@ -520,9 +520,7 @@ def grouped_gemm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     check_shape("offsets", offsets, (w.shape[0] + 1,))
     if offsets.dtype != torch.int32:
         raise TypeError(f"offsets: got {offsets.dtype}, allowed is torch.int32")
-    for name, tensor in (("w", w), ("offsets", offsets)):
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: got device {tensor.device}, allowed is x's {x.device}")
+    check_devices(x, w=w, offsets=offsets)
     dtype = compute_dtype(x)
     if w.dtype not in (x.dtype, dtype):
         raise TypeError(f"w: got {w.dtype}, allowed is x's {x.dtype}")

@@ -20,14 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _launch
-from ._checks import check_float, check_shape, compute_dtype
+from ._checks import check_devices, check_float, check_shape, compute_dtype
 from ._launch import tl, triton
 from ._operator import operator
 from .fp8_quant import ScaleFormat, quantize_tiles
 from .grouped_fp8_gemm import grouped_fp8_gemm, grouped_fp8_gemm_wgrad, quantize_segments_transposed
 from .grouped_fp8_linear import empty_experts, quantize_experts
 from .grouped_gemm import grouped_mm, grouped_outer, grouped_swiglu
-from .moe_plan import MoePlan, check_ids, plan_pairs
+from .moe_plan import MoePlan, check_experts, check_ids, plan_pairs
 from .swiglu import swiglu_gradients, swiglu_values
 from .swiglu_quant import swiglu_quant
 
@@ -479,15 +479,17 @@ def moe_permute(
     With `scale_format` as `quantize_tiles` has it the rows are e4m3 codes [T * k, D] and scales [T * k, ceil(D / 128)],
     what `grouped_fp8_gemm` takes, of tokens quantised before they are copied; then not differentiable.
 
-    Raises TypeError for a dtype that is no float or ids that are not int64, ValueError when shapes disagree; with
-    `scale_format` also what `quantize_tiles` raises.
+    Raises TypeError for a dtype that is no float or ids that are not int64, ValueError when shapes or devices disagree,
+    and for ids as `moe_plan`; with `scale_format` also what `quantize_tiles` raises.
     """
     check_float("x", x)
     check_shape("x", x, (None, None))
     check_ids(topk_ids, x.shape[0])
+    check_experts(n_experts)
+    check_devices(x, topk_ids=topk_ids)
     if scale_format is not None:
         plan = plan_pairs(topk_ids, n_experts)
-        return _permuted_codes(x, plan.token, scale_format), plan
+        return _permuted_codes(x.detach(), plan.token, scale_format), plan
     rows, *parts = _moe_permute(x, topk_ids, n_experts)
     return rows, MoePlan(*parts)
 
@@ -496,13 +498,14 @@ def moe_unpermute(y: Tensor, plan: MoePlan, topk_weight: Tensor) -> Tensor:
     """y [T * k, D] in the plan's order, topk_weight [T, k] -> [T, D]: each token's rows times their weights, summed, in
     y's dtype. Differentiable in y and topk_weight.
 
-    Raises TypeError for a dtype that is no float, ValueError when shapes disagree.
+    Raises TypeError for a dtype that is no float, ValueError when shapes or devices disagree.
     """
     check_float("y", y)
     check_float("topk_weight", topk_weight)
     check_shape("topk_weight", topk_weight, (None, None))
     check_shape("plan.place", plan.place, (topk_weight.numel(),))
     check_shape("y", y, (topk_weight.numel(), None))
+    check_devices(y, topk_weight=topk_weight)
     return _moe_unpermute(y, plan.place, plan.pair, topk_weight.shape[1], topk_weight)
 
 
@@ -518,9 +521,10 @@ def moe_experts(
     the products' on the way. With `fp8` all products, forward and backward, are of e4m3 codes: tokens and their
     gradients in tiles of 1x128, weights in blocks of 128x128, quantised once a call from the dtype they have
     (DeepSeek-V3 report, section 3.3). Raises TypeError for a dtype that is no float (with `fp8` for fp64 too) and for
-    two weights of different dtypes, ValueError when shapes disagree.
+    two weights of different dtypes, ValueError when shapes or devices disagree and for ids as `moe_plan`.
     """
-    check_float("x", x)
+    for name, tensor in (("x", x), ("topk_weight", topk_weight), ("w_gate_up", w_gate_up), ("w_down", w_down)):
+        check_float(name, tensor)
     check_shape("x", x, (None, None))
     tokens, width = x.shape
     check_shape("w_down", w_down, (None, width, None))
@@ -528,6 +532,7 @@ def moe_experts(
     check_shape("w_gate_up", w_gate_up, (experts, 2 * inner, width))
     check_ids(topk_ids, tokens)
     check_shape("topk_weight", topk_weight, tuple(topk_ids.shape))
+    check_devices(x, topk_ids=topk_ids, topk_weight=topk_weight, w_gate_up=w_gate_up, w_down=w_down)
     if w_down.dtype != w_gate_up.dtype:
         raise TypeError(f"w_down: got {w_down.dtype}, allowed is w_gate_up's {w_gate_up.dtype}")
     dtype = compute_dtype(x)
@@ -536,6 +541,7 @@ def moe_experts(
     if base is not None:
         check_float("base", base)
         check_shape("base", base, tuple(x.shape))
+        check_devices(x, base=base)
         base = base.to(dtype)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, topk_weight, w_gate_up, w_down))
     out, *_ = _moe_experts(x.to(dtype), topk_ids, topk_weight, w_gate_up, w_down, base, fp8, keep)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _launch
-from ._checks import check_float, check_shape
+from ._checks import check_devices, check_float, check_shape
 from ._launch import tl, triton
 from ._operator import operator
 
@@ -307,8 +307,10 @@ def moe_gate(
     check_float("logits", logits)
     check_shape("logits", logits, (None, None))
     experts = logits.shape[1]
+    check_float("bias", bias)
     check_shape("bias", bias, (experts,))
-    if experts % n_group or (n_group > 1 and experts < 2 * n_group):
+    check_devices(logits, bias=bias)
+    if n_group < 1 or experts % n_group or (n_group > 1 and experts < 2 * n_group):
         raise ValueError(f"n_group: got {n_group}, allowed is a divisor of {experts} experts leaving 2 or more a group")
     if not 1 <= topk_group <= n_group:
         raise ValueError(f"topk_group: got {topk_group}, allowed is 1 to n_group = {n_group}")

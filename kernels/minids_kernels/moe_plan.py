@@ -139,6 +139,10 @@ def _order(ids: Tensor, experts: int) -> Tensor:
 
 def _torch_plan(topk_ids: Tensor, n_experts: int) -> MoePlan:
     ids = topk_ids.flatten()
+    if ids.numel():
+        low, high = torch.aminmax(ids)
+        if low < 0 or high >= n_experts:
+            raise ValueError(f"topk_ids: got {low} to {high}, allowed is 0 to {n_experts - 1}")
     counts = torch.zeros(n_experts, dtype=torch.int64, device=ids.device).scatter_add_(0, ids, torch.ones_like(ids))
     offsets = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
     pair = _order(ids, n_experts)
@@ -178,14 +182,18 @@ def check_ids(topk_ids: Tensor, tokens: int | None) -> None:
         raise ValueError(f"topk_ids: got shape {tuple(topk_ids.shape)}, allowed is one expert a token or more")
 
 
+def check_experts(n_experts: int) -> None:
+    if n_experts < 1:
+        raise ValueError(f"n_experts: got {n_experts}, allowed is 1 or more")
+
+
 def moe_plan(topk_ids: Tensor, n_experts: int) -> MoePlan:
     """topk_ids [T, k] int64 from 0 to n_experts - 1 -> the plan of T * k rows sorted by expert, whose offsets are what
-    `grouped_gemm` takes. Ids are not looked at by the host: an id outside raises on the PyTorch path, kernels put its
-    pair behind all segments, where rows are no one's.
+    `grouped_gemm` takes. Kernels do not wait to look at ids: they put the pair of an id outside behind all segments,
+    where rows are no one's. The PyTorch path raises ValueError.
 
     Raises TypeError for ids that are not int64, ValueError for no experts or ids of another shape.
     """
     check_ids(topk_ids, None)
-    if n_experts < 1:
-        raise ValueError(f"n_experts: got {n_experts}, allowed is 1 or more")
+    check_experts(n_experts)
     return MoePlan(*_moe_plan(topk_ids, n_experts))

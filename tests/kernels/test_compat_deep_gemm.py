@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -9,11 +10,18 @@ import torch
 from minids_kernels import dequantize_blocks, dequantize_tiles, quantize_blocks, quantize_tiles
 from minids_kernels._ops import ops
 from minids_kernels.compat.deep_gemm import (
+    fp8_gemm_nn,
     fp8_gemm_nt,
+    fp8_gemm_tn,
+    fp8_gemm_tt,
+    fp8_m_grouped_gemm_nt_masked,
     get_m_alignment_for_contiguous_layout,
     get_mk_alignment_for_contiguous_layout,
+    get_mn_major_tma_aligned_tensor,
+    get_tma_aligned_size,
     k_grouped_fp8_gemm_nt_contiguous,
     k_grouped_fp8_gemm_tn_contiguous,
+    m_grouped_fp8_gemm_nn_contiguous,
     m_grouped_fp8_gemm_nt_contiguous,
     m_grouped_fp8_gemm_nt_masked,
 )
@@ -66,6 +74,11 @@ def test_dense(dtype: torch.dtype, device: torch.device) -> None:
     both = column_major(quantize_tiles(b))
     fp8_gemm_nt(left, both, d, recipe=(1, 1, 128))
     assert_near(d.cpu(), tiles(left) @ tiles(both).T, near)
+    want = tiles(left) @ tiles(both).T + c.cpu().double()
+    fp8_gemm_nt(left, both, d, c=c, recipe_a=(1, 128), recipe_b=(1, 128))
+    assert_near(d.cpu(), want, near)
+    fp8_gemm_nt(left, both, c, c=c, recipe=(1, 1, 128))
+    assert torch.equal(c, d)
 
 
 @pytest.mark.parametrize("layout", ["tn", "nt"])
@@ -100,10 +113,14 @@ def test_k_grouped(ks: list[int], layout: str, device: torch.device) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"ks": [100, 28]}, ValueError, r"ks: got \[100, 28\], allowed are multiples of 128"),
-        ({"ks": [128]}, ValueError, r"ks_tensor: got shape \(2,\), allowed is \(1\)"),
-        ({"ks": [128, 128]}, ValueError, r"a: got shape \(128, 8\), allowed is \(256, any\)"),
-        ({"ks_tensor": torch.tensor([128, 0])}, TypeError, "ks_tensor: got torch.int64, allowed is torch.int32"),
+        ({"ks_cpu": [100, 28]}, ValueError, r"ks_cpu: got \[100, 28\], allowed are multiples of 128"),
+        ({"ks_cpu": [128]}, ValueError, r"grouped_layout: got shape \(2,\), allowed is \(1\)"),
+        ({"ks_cpu": [128, 128]}, ValueError, r"a: got shape \(128, 8\), allowed is \(256, any\)"),
+        (
+            {"grouped_layout": torch.tensor([128, 0])},
+            TypeError,
+            "grouped_layout: got torch.int64, allowed is torch.int32",
+        ),
         ({"c": torch.zeros(2, 8, 4).half()}, TypeError, "c: got torch.float16, allowed is d's torch.float32"),
         ({"recipe": (1, 128, 128)}, ValueError, r"recipe: got \(1, 128, 128\), allowed are \(1, 1, 128\)"),
         ({"d": torch.zeros(2, 8, 5)}, ValueError, r"d: got shape \(2, 8, 5\), allowed is \(2, 8, 4\)"),
@@ -114,8 +131,8 @@ def test_bad_input_to_k_grouped(change: dict[str, Any], error: type[Exception], 
         return torch.zeros(128, columns).to(torch.float8_e4m3fn), torch.ones(1, columns)
 
     good = dict(
-        a=operand(8), b=operand(4), d=torch.zeros(2, 8, 4), ks=[128, 0],
-        ks_tensor=torch.tensor([128, 0], dtype=torch.int32),
+        a=operand(8), b=operand(4), d=torch.zeros(2, 8, 4), ks_cpu=[128, 0],
+        grouped_layout=torch.tensor([128, 0], dtype=torch.int32),
     )  # fmt: skip
     with pytest.raises(error, match=message):
         k_grouped_fp8_gemm_tn_contiguous(**{**good, **change})
@@ -146,6 +163,79 @@ def test_grouped_contiguous(counts: list[int], alignment: int, device: torch.dev
     assert d.isfinite().all()
 
 
+@pytest.mark.parametrize("zeros", [True, False])
+@pytest.mark.parametrize("counts", [[5, 0, 130, 128], [0, 0, 3], [256]], ids=str)
+def test_grouped_by_prefix_sums(counts: list[int], zeros: bool, device: torch.device) -> None:
+    """Groups begin at multiples of 128; what lies between may be anything."""
+    ends, rows, used = [], 0, []
+    for count in counts:
+        used += range(rows, rows + count)
+        ends.append(rows + count)
+        rows = -(-ends[-1] // 128) * 128
+    codes, scales = quantize_tiles(torch.randn(rows, 256, device=device))
+    idle = torch.ones(rows, dtype=torch.bool)
+    idle[used] = False
+    codes.view(torch.uint8)[idle.to(device)] = 0x7F  # NaN
+    weights = [quantize_blocks(torch.randn(40, 256, device=device)) for _ in counts]
+    right = tuple(torch.stack(parts) for parts in zip(*weights, strict=True))
+    layout = torch.tensor(ends, dtype=torch.int32, device=device)
+    with poisoned_memory():
+        d = torch.empty(rows, 40, dtype=torch.float32, device=device)
+        m_grouped_fp8_gemm_nt_contiguous(
+            (codes, scales), right, d, layout, recipe_a=(1, 128), recipe_b=(128, 128), use_psum_layout=True,
+            ensure_zero_padding=zeros, expected_m_for_psum_layout=64,
+        )  # fmt: skip
+    left = tiles((codes, scales))
+    for g, (end, count) in enumerate(zip(ends, counts, strict=True)):
+        here = slice(end - count, end)
+        assert_near(d[here].cpu(), left[here] @ blocks(weights[g]).T, bound(torch.float32, 256, device))
+    if zeros:
+        assert (d.cpu()[idle] == 0).all()
+
+
+def test_other_orders_of_memory(device: torch.device) -> None:
+    """Operands transposed, and results that are no contiguous tensor."""
+    left, right = quantize_tiles(torch.randn(20, 256, device=device)), quantize_blocks(torch.randn(140, 256).to(device))
+    turned_left, turned_right = ((codes.mT.contiguous(), scales.mT) for codes, scales in (left, right))
+    want, d, wide = (torch.empty(20, n, dtype=torch.bfloat16, device=device) for n in (140, 140, 150))
+    fp8_gemm_nt(left, right, want)
+    for function, a, b in (
+        (fp8_gemm_nn, left, turned_right), (fp8_gemm_tn, turned_left, turned_right), (fp8_gemm_tt, turned_left, right),
+    ):  # fmt: skip
+        with poisoned_memory():
+            function(a, b, d, compiled_dims="mn")
+        assert torch.equal(d, want)
+    fp8_gemm_nt(left, right, wide[:, :140], recipe_a=(1, 128), recipe_b=(128, 128))
+    assert torch.equal(wide[:, :140], want)
+    layout = torch.zeros(20, dtype=torch.int32, device=device)
+    m_grouped_fp8_gemm_nn_contiguous(left, (turned_right[0][None], turned_right[1][None]), wide[:, 10:], layout)
+    assert torch.equal(wide[:, 10:], want)
+
+
+@pytest.mark.parametrize("shape", [(13, 2), (3, 13, 2), (8, 1)], ids=str)
+def test_scales_as_tensor_copies_want_them(shape: tuple[int, ...]) -> None:
+    scales = torch.randn(shape)
+    found = get_mn_major_tma_aligned_tensor(scales)
+    pitch = get_tma_aligned_size(shape[-2], 4)
+    assert torch.equal(found, scales) and found.stride()[-2:] == (1, pitch) and pitch == -(-shape[-2] // 4) * 4
+    assert get_mn_major_tma_aligned_tensor(found) is found
+
+
+def test_arguments_go_by_deepgemms_names() -> None:
+    """Those of 2.6's csrc/apis/gemm.hpp."""
+    dense = "a b d c recipe recipe_a recipe_b compiled_dims disable_ue8m0_cast"
+    contiguous = dense.replace(" c ", " grouped_layout ") + " use_psum_layout ensure_zero_padding"
+    by_k = "a b d ks_cpu grouped_layout c recipe compiled_dims use_psum_layout"
+    for function, names in (
+        (fp8_gemm_nt, dense),
+        (m_grouped_fp8_gemm_nt_contiguous, contiguous + " expected_m_for_psum_layout"),
+        (m_grouped_fp8_gemm_nt_masked, dense.replace(" c ", " masked_m expected_m ")),
+        (fp8_m_grouped_gemm_nt_masked, dense.replace(" c ", " masked_m expected_m ")),
+        (k_grouped_fp8_gemm_tn_contiguous, by_k), (k_grouped_fp8_gemm_nt_contiguous, by_k),
+    ):  # fmt: skip
+        assert list(inspect.signature(function).parameters) == names.split(), function
+
+
 def masked(counts: list[int], rows: int, device: torch.device) -> tuple[Operand, Operand, Tensor]:
     """a, b and masked_m of `counts` in room for `rows` each; codes and scales behind a group's rows are NaN."""
     a = [column_major(quantize_tiles(torch.randn(rows, 256, device=device))) for _ in counts]
@@ -173,15 +263,21 @@ def test_grouped_masked(counts: list[int], device: torch.device) -> None:
         assert (d[g, count:] == 7).all()
 
 
-def test_the_masked_product_is_one_operator(device: torch.device) -> None:
+def test_what_writes_into_a_tensor_is_one_operator(device: torch.device) -> None:
     """All of opcheck but the schema's test, which multiplies the inputs: torch cannot multiply fp8."""
     left, right, sizes = masked([3, 0], 8, device)
-    args = (*left, *right, sizes, 2, torch.zeros(2, 8, 40, dtype=torch.bfloat16, device=device))
-    opcheck(
-        ops.grouped_fp8_gemm_masked.default,
-        args,
-        test_utils=("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"),
-    )
+    out = torch.zeros(2, 8, 40, dtype=torch.bfloat16, device=device)
+    rows, offsets = (left[0].flatten(0, 1), left[1].flatten(0, 1)), torch.tensor([0, 8, 16], dtype=torch.int32)
+    for op, args in (
+        (ops.grouped_fp8_gemm_masked, (*left, *right, sizes, 2, out)),
+        (ops.grouped_fp8_gemm_into, (*rows, *right, offsets.to(device), out.flatten(0, 1))),
+        (ops.fp8_gemm_into, (*rows, right[0][0], right[1][0], out.flatten(0, 1))),
+    ):
+        opcheck(
+            op.default,
+            args,
+            test_utils=("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"),
+        )
 
 
 def test_alignment_is_deepgemms() -> None:
@@ -203,8 +299,14 @@ def test_bad_input() -> None:
         fp8_gemm_nt(LEFT, RIGHT, D, c=D.bfloat16())
     with pytest.raises(TypeError, match=r"b_scale: got torch\.int32, allowed is torch\.float32"):
         fp8_gemm_nt(LEFT, (RIGHT[0], RIGHT[1].int()), D)
-    with pytest.raises(ValueError, match=r"use_psum_layout: got True"):
-        m_grouped_fp8_gemm_nt_contiguous(LEFT, GROUPS, D, torch.zeros(1).int(), use_psum_layout=True)
+    with pytest.raises(ValueError, match=r"recipe, recipe_a, recipe_b: got None, \(1, 128\), None, allowed is"):
+        fp8_gemm_nt(LEFT, RIGHT, D, recipe_a=(1, 128))
+    with pytest.raises(ValueError, match=r"grouped_layout: got shape \(4,\), allowed is \(1\)"):
+        m_grouped_fp8_gemm_nt_contiguous(LEFT, GROUPS, D, torch.zeros(4).int(), use_psum_layout=True)
+    for groups in ([0, 1, 0, 0], [2, 2, 2, 2], [1, -1, 0, -1]):
+        two = GROUPS[0].view(torch.uint8).expand(2, 5, 128).view(torch.float8_e4m3fn), GROUPS[1].expand(2, 1, 1)
+        with pytest.raises(RuntimeError, match=r"grouped_layout: got groups out of order, allowed is 0 to 1, or -1"):
+            m_grouped_fp8_gemm_nt_contiguous(LEFT, two, D, torch.tensor(groups, dtype=torch.int32))
     room = LEFT[0][None], LEFT[1][None]
     with pytest.raises(ValueError, match=r"counts: got shape \(2,\), allowed is \(1\)"):
         m_grouped_fp8_gemm_nt_masked(room, GROUPS, D[None], torch.zeros(2).int(), 4)
@@ -212,9 +314,9 @@ def test_bad_input() -> None:
         m_grouped_fp8_gemm_nt_masked(room, GROUPS, D.T[None], torch.zeros(1).int(), 4)
     with pytest.raises(ValueError, match=r"out: got strides .*, allowed is a contiguous tensor"):
         m_grouped_fp8_gemm_nt_masked(room, GROUPS, torch.zeros(1, 5, 4).mT, torch.zeros(1).int(), 4)
-    with pytest.raises(ValueError, match=r"m_indices: got shape \(3,\), allowed is \(4\)"):
+    with pytest.raises(ValueError, match=r"grouped_layout: got shape \(3,\), allowed is \(4\)"):
         m_grouped_fp8_gemm_nt_contiguous(LEFT, GROUPS, D, torch.zeros(3).int())
-    with pytest.raises(TypeError, match=r"m_indices: got torch\.int64, allowed is torch\.int32"):
+    with pytest.raises(TypeError, match=r"grouped_layout: got torch\.int64, allowed is torch\.int32"):
         m_grouped_fp8_gemm_nt_contiguous(LEFT, GROUPS, D, torch.zeros(4).long())
 
 

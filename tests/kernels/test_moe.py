@@ -418,6 +418,24 @@ def test_permutations_are_registered_well(device: torch.device) -> None:
         ({"base": torch.zeros(3, 5)}, ValueError, r"base: got shape \(3, 5\), allowed is \(3, 4\)"),
         ({"base": torch.zeros(3, 4).int()}, TypeError, "base: got torch.int32"),
         ({"w_down": torch.zeros(2, 4, 6).half()}, TypeError, "w_down: got torch.float16, allowed is .* torch.float32"),
+        ({"w_down": torch.zeros(2, 4, 6).to(torch.float8_e4m3fn)}, TypeError, "w_down: got torch.float8_e4m3fn"),
+        ({"w_gate_up": torch.zeros(2, 12, 4).int()}, TypeError, "w_gate_up: got torch.int32"),
+        ({"topk_weight": torch.zeros(3, 1).long()}, TypeError, "topk_weight: got torch.int64"),
+        ({"topk_ids": torch.full((3, 1), 2)}, ValueError, "topk_ids: got 2 to 2, allowed is 0 to 1"),
+        *(
+            (
+                {name: torch.zeros(size, device="meta", dtype=dtype)},
+                ValueError,
+                f"{name}: got device meta, allowed is cpu",
+            )
+            for name, size, dtype in (
+                ("topk_ids", (3, 1), torch.int64),
+                ("topk_weight", (3, 1), torch.float32),
+                ("base", (3, 4), None),
+                ("w_gate_up", (2, 12, 4), torch.float32),
+                ("w_down", (2, 4, 6), torch.float32),
+            )
+        ),
     ],
 )
 def test_bad_input_to_experts(change: dict[str, Tensor], error: type[Exception], message: str) -> None:
@@ -427,6 +445,13 @@ def test_bad_input_to_experts(change: dict[str, Tensor], error: type[Exception],
     )  # fmt: skip
     with pytest.raises(error, match=message):
         moe_experts(**{**good, **change})
+
+
+def test_codes_of_permuted_rows_want_no_gradient() -> None:
+    (codes, scales), _ = moe_permute(torch.randn(3, 128, requires_grad=True), torch.zeros(3, 1).long(), 2, "fp32")
+    assert not codes.requires_grad and not scales.requires_grad
+    with pytest.raises(ValueError, match="n_experts: got 0, allowed is 1 or more"):
+        moe_permute(torch.randn(3, 128), torch.zeros(3, 1).long(), 0)
 
 
 def test_fp8_has_no_fp64() -> None:

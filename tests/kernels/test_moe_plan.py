@@ -87,8 +87,9 @@ def test_pairs_of_experts_that_do_not_exist(device: torch.device, monkeypatch) -
 
 def test_an_id_that_does_not_exist_raises_in_pytorch(monkeypatch) -> None:
     monkeypatch.setattr(_launch, "BACKEND", "torch")
-    with pytest.raises(RuntimeError, match="out of bounds"):
-        moe_plan(torch.tensor([[0, 3]]), 3)
+    for ids, found in (([[0, 3]], "0 to 3"), ([[-1, 2]], "-1 to 2"), ([[0, 2**17]], "0 to 131072")):
+        with pytest.raises(ValueError, match=f"topk_ids: got {found}, allowed is 0 to 2"):
+            moe_plan(torch.tensor(ids), 3)
 
 
 @pytest.mark.parametrize("tokens", [4, 500])
