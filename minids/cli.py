@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import errno
 import io
+import os
 import re
 import signal
 import sys
@@ -45,6 +46,7 @@ from minids.terminal import Parser, canonical, emit, to_json
 
 if TYPE_CHECKING:
     from minids.talk import Voice
+    from minids.train.run import StageConfig
 
 C = TypeVar("C", PretrainConfig, SFTConfig, DPOConfig)
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -63,17 +65,17 @@ class Command:
 # --- configuration of training: defaults < preset < --config file < flags -------------------------------------------
 
 
-def add_settings(parser: Parser, cls: type, own: Sequence[str]) -> None:
-    """--config, --resume, and a flag for every field of `cls` but those in `own`, which the command spells itself."""
+def add_settings(parser: Parser, defaults: StageConfig, own: Sequence[str]) -> None:
+    """--config, --resume, and a flag for every field but those in `own`, which the command spells itself."""
     parser.add_argument("--config", metavar="TOML", help="settings from a file; flags override it")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out, with the settings it has")
     group = parser.add_argument_group("settings", "each is also a key of the --config file; see minids/config.py")
-    names = [name for name in setting_names(cls) if name not in own]
+    names = [name for name in setting_names(type(defaults)) if name not in own]
     names += [short for short, full in ALIASES.items() if full in names]
     if "model.rope_scaling.factor" in names:
         names.append("model.rope_scaling")  # the section as a whole: only "none"
     for name in names:
-        default: Any = to_dict(cls())
+        default: Any = to_dict(defaults)
         for part in ALIASES.get(name, name).split("."):
             default = default.get(part) if isinstance(default, dict) else "off"
         bare: Any = {"nargs": "?", "const": "true"} if isinstance(default, bool) else {}
@@ -187,6 +189,7 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
 
 
 PRETRAIN_OWN = ("data", "tokenizer", "out")
+PRETRAIN_DEFAULTS = PretrainConfig(model=preset("nano"))
 TUNE_OWN = ("data", "base", "out")
 
 
@@ -195,22 +198,22 @@ def pretrain_arguments(parser: Parser) -> None:
     parser.add_argument("--tokenizer", metavar="DIR")
     parser.add_argument("--out", metavar="RUN", help="run folder")
     parser.add_argument("--preset", metavar="NAME", help=f"{', '.join(PRESETS)}; default nano")
-    add_settings(parser, PretrainConfig, PRETRAIN_OWN)
+    add_settings(parser, PRETRAIN_DEFAULTS, PRETRAIN_OWN)
 
 
 def pretrain(args: argparse.Namespace) -> dict[str, Any]:
-    config = stage_config(args, PretrainConfig(model=preset("nano")), PRETRAIN_OWN)
+    config = stage_config(args, PRETRAIN_DEFAULTS, PRETRAIN_OWN)
     from minids.train.pretrain import pretrain
 
     return pretrain(config, resume=args.resume)
 
 
-def tune_arguments(cls: type) -> Callable[[Parser], None]:
+def tune_arguments(defaults: StageConfig) -> Callable[[Parser], None]:
     def arguments(parser: Parser) -> None:
         parser.add_argument("--from", dest="base", metavar="RUN", help="run folder or checkpoint to start from")
         parser.add_argument("--data", **FILES, help="row files, folders or patterns")
         parser.add_argument("--out", metavar="RUN", help="run folder")
-        add_settings(parser, cls, TUNE_OWN)
+        add_settings(parser, defaults, TUNE_OWN)
 
     return arguments
 
@@ -396,8 +399,8 @@ COMMANDS = {
     "tokenizer": Command("train a tokenizer", tokenizer_arguments, tokenizer_train),
     "prepare": Command("clean, tokenise and pack text into token shards", prepare_arguments, prepare),
     "pretrain": Command("train a model from nothing on token shards", pretrain_arguments, pretrain),
-    "sft": Command("fine-tune on conversations", tune_arguments(SFTConfig), sft),
-    "dpo": Command("train on preference pairs", tune_arguments(DPOConfig), dpo),
+    "sft": Command("fine-tune on conversations", tune_arguments(SFTConfig()), sft),
+    "dpo": Command("train on preference pairs", tune_arguments(DPOConfig()), dpo),
     "eval": Command("bits per byte and perplexity on row files", evaluate_arguments, evaluate),
     "chat": Command("talk with a model", chat_arguments, chat),
     "generate": Command("continue a text", generate_arguments, generate),
@@ -476,6 +479,9 @@ def stop(number: int, frame: Any) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by who started us
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from minids.errors import InputError
+from minids.errors import InputError, require_seed
 
 C = TypeVar("C")
 
@@ -222,8 +222,7 @@ class TrainConfig:
                 raise InputError(f"train.{name}: got {getattr(self, name)}, wanted 0 or more")
         if self.warmup_steps is not None and self.warmup_steps < 0:
             raise InputError(f"train.warmup_steps: got {self.warmup_steps}, wanted 0 or more, or none")
-        if not 0 <= self.seed < 1 << 63:
-            raise InputError(f"train.seed: got {self.seed}, wanted a whole number from 0 to below 2^63")
+        require_seed("train.seed", self.seed)
 
 
 @dataclass(kw_only=True)

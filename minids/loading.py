@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from minids.convert.hf import load_hf, load_tokenizer
+from minids.convert.hf import checkpoint_tokenizer, load_hf, load_tokenizer
 from minids.infer.generate import LanguageModel
 from minids.tokenizer import Tokenizer
 from minids.train.checkpoint import CONFIG, STATE, load_checkpoint, load_model_config, resolve
@@ -29,7 +29,7 @@ def load(
         checkpoint = resolve(path)
         model = LanguageModel(load_model_config(checkpoint))
         load_checkpoint(checkpoint, model)
-        tokenizer = load_tokenizer(checkpoint.parent / "tokenizer", model.config)
+        tokenizer = checkpoint_tokenizer(checkpoint, model.config)
         if dtype is not None:
             for parameter in model.parameters():  # the router bias, a buffer, stays fp32
                 parameter.data = parameter.data.to(dtype)

@@ -211,15 +211,18 @@ def preference_accuracy(model: DeepseekV3, tokenizer: Tokenizer, file: Path) -> 
 # --- the stages -------------------------------------------------------------------------------------------------------
 
 
-def seconds_per_step(config: PretrainConfig, mtp: bool, steps: int = 12) -> float:
-    """Time of a training step of `config` with or without MTP: the lower quartile, as other programs only add to it."""
+def seconds_per_step(config: PretrainConfig, mtp: bool, longest: float, steps: int = 12) -> float:
+    """Time of a training step of `config` with or without MTP, measured for about `longest` seconds at most: the lower
+    quartile, as other programs only add to it."""
     keep_freed_memory()
     device = pick_device(config.train.device)
     model = DeepseekV3(config.model).to(device)
     optimizer = build_optimizer(model, config.train)
     loader = Loader(TokenShards(config.data), TRAIN, config.train.batch_size, seed=0)
-    times = []
+    times: list[float] = []
     for batch in itertools.islice(loader, steps):
+        if len(times) > 1 and sum(times) > longest:
+            break
         began = time.perf_counter()
         with autocast(device, pick_dtype(config.train.dtype, device)):
             losses = model.losses(batch.input_ids.to(device), batch.labels.to(device), batch.cu_seqlens, mtp)
@@ -228,7 +231,7 @@ def seconds_per_step(config: PretrainConfig, mtp: bool, steps: int = 12) -> floa
         optimizer.zero_grad()
         losses.nll_sum.item()  # waits for the device
         times.append(time.perf_counter() - began)
-    return sorted(times)[steps // 4]
+    return sorted(times)[len(times) // 4]
 
 
 class Clock:
@@ -298,7 +301,7 @@ def _pretrain(out: Path, clock: Clock, vocab_size: int) -> Result:
         )
 
     probe = config(1)
-    with_mtp, without = seconds_per_step(probe, mtp=True), seconds_per_step(probe, mtp=False)
+    with_mtp, without = (seconds_per_step(probe, mtp, clock.seconds / 20) for mtp in (True, False))
     result = _train(pretrain, out / "pretrain", lambda: config(clock.steps("pretrain", with_mtp)))
     # what a token costs the later stages, which leave MTP out
     return result | {"tuning_seconds_per_token": result["seconds"] / result["tokens"] * without / with_mtp}

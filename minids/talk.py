@@ -9,7 +9,7 @@ from itertools import takewhile
 
 import torch
 
-from minids.errors import InputError
+from minids.errors import InputError, require_seed
 from minids.infer.cache import LatentCache
 from minids.infer.generate import LanguageModel
 from minids.infer.sampling import Sampling
@@ -34,6 +34,7 @@ class Voice:
         if self.seed is None:
             self.generator.seed()
         else:
+            require_seed("--seed", self.seed)
             self.generator.manual_seed(self.seed)
         self.stops = {self.model.config.eos_token_id, self.tokenizer.eos_id}
 

@@ -27,7 +27,7 @@ from minids.errors import InputError
 from minids.files import atomic_directory, atomic_write, read_json, write_json
 from minids.model.model import DeepseekV3
 from minids.tokenizer import Tokenizer
-from minids.train.checkpoint import load_checkpoint, load_model_config, resolve, save_checkpoint
+from minids.train.checkpoint import load_checkpoint, load_model_config, read_state, resolve, save_checkpoint
 
 M = TypeVar("M", bound=DeepseekV3)
 
@@ -271,7 +271,7 @@ def export_hf(
         raise InputError(f"--max-shard-size: got {max_shard_size}, wanted a number of bytes >= 1")
     checkpoint = resolve(path)
     model = DeepseekV3(load_model_config(checkpoint))
-    tokenizer = load_tokenizer(checkpoint.parent / "tokenizer", model.config)
+    tokenizer = checkpoint_tokenizer(checkpoint, model.config)
     load_checkpoint(checkpoint, model)
     config, torch_dtype = model.config, DTYPES[dtype or "fp32"]
     tensors = (
@@ -342,8 +342,7 @@ def import_hf(hf_dir: str | Path, out: str | Path) -> dict[str, Any]:
         save_checkpoint(folder, 0, model, None, {"stage": "import", "source": str(hf_dir)}, keep=1)
         run = PretrainConfig(tokenizer=str(out / "tokenizer"), out=str(out), model=model.config)
         atomic_write(folder / "config.toml", to_toml(run))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return {"out": str(out), "source": str(hf_dir), "parameters": parameters}
+    return {"out": str(out), "source": str(hf_dir), "parameters": model.num_parameters()}
 
 
 def load_tokenizer(folder: str | Path, config: ModelConfig) -> Tokenizer:
@@ -352,5 +351,18 @@ def load_tokenizer(folder: str | Path, config: ModelConfig) -> Tokenizer:
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model's vocab_size is {config.vocab_size}"
+        )
+    return tokenizer
+
+
+def checkpoint_tokenizer(checkpoint: Path, config: ModelConfig) -> Tokenizer:
+    """The tokenizer beside `checkpoint`; InputError also when it is not the one that was there when that was written:
+    the model knows its ids by what they meant then."""
+    folder = checkpoint.parent / "tokenizer"
+    tokenizer, former = load_tokenizer(folder, config), read_state(checkpoint).get("tokenizer")
+    if former not in (None, tokenizer.fingerprint):  # None: written by a version that did not note it
+        raise InputError(
+            f"{folder}: holds another tokenizer ({tokenizer.fingerprint[:12]}) than the model in {checkpoint} was "
+            f"trained with ({former[:12]}); put that one back"
         )
     return tokenizer

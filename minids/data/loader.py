@@ -107,6 +107,11 @@ class Loader:
             raise InputError(f"{shards.path}: weights for {', '.join(weights)}; wanted one for each of {names}")
         if weights and (min(weights.values()) < 0 or not sum(weights.values()) > 0):
             raise InputError(f"{shards.path}: weights {dict(weights)}; wanted numbers >= 0, not all 0")
+        if batch_size * shards.seq_len >= 1 << 31:  # where documents begin is told in 32 bits
+            raise InputError(
+                f"train.batch_size: got {batch_size} rows of {shards.seq_len} tokens, wanted fewer than 2^31 tokens; "
+                "train.grad_accumulation_steps makes a step larger"
+            )
         self._rows = [source.rows for source in sources]
         self._shares = shares(self._rows, [weights[source.name] for source in sources] if weights else None)
         for source, share in zip(sources, self._shares, strict=True):

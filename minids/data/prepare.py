@@ -31,7 +31,7 @@ from minids.data.encode import Document, Encoded, EncodeRules, encode_documents,
 from minids.data.pack import Sample
 from minids.data.rows import RowReport, expand_paths, read_rows
 from minids.data.store import HOLDOUT, SPLITS, TRAIN
-from minids.errors import InputError
+from minids.errors import InputError, require_seed
 from minids.signals import STOPS, answered_by
 from minids.tokenizer import Tokenizer
 
@@ -117,6 +117,7 @@ def prepare(
             raise InputError(f"{name}: got {share}, wanted a share from 0 to below 1")
     if workers is not None and workers < 1:
         raise InputError(f"workers: got {workers}, wanted a whole number >= 1")
+    require_seed("seed", seed)
     started = time.perf_counter()
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer.load(tokenizer)

@@ -108,6 +108,8 @@ def expand_paths(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
         paths = [paths]
     found: dict[Path, Path] = {}
     for given in paths:
+        if not os.fspath(given):
+            raise InputError("--data: got an empty path, wanted a file, a folder or a pattern")
         path = Path(given)
         if path.is_dir():
             files = [

@@ -49,6 +49,8 @@ class ShardWriter:
         has_mask: bool = False,
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
+        if seq_len < 2:
+            raise InputError(f"seq_len: got {seq_len}, wanted a whole number >= 2")
         self.folder = folder
         self.seq_len, self.vocab_size, self.pad_id, self.has_mask = seq_len, vocab_size, pad_id, has_mask
         self.head = {

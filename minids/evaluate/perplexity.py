@@ -81,6 +81,8 @@ def bits_per_byte(
     reason)}. Raises InputError for unusable files, a seq_len the model does not take, or conversations and a chat
     template that marks no answers.
     """
+    if batch_size < 1:
+        raise InputError(f"--batch-size: got {batch_size}, wanted a whole number >= 1")
     where = pick_device(device)
     model, tokenizer = load(path, device=where)
     longest = model.config.max_position_embeddings

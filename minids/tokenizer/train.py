@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 
-from minids.errors import InputError
+from minids.errors import InputError, require_seed
 from minids.files import atomic_directory, read_json
 from minids.tokenizer.chat import CHAT_TEMPLATE
 from minids.tokenizer.tokenizer import BOS, CJK, EOS, PAD, PRE_SPLITS, ROLES, SPECIAL_TOKENS, UNK, Tokenizer
@@ -72,6 +72,7 @@ def train_from_texts(
     no text at all.
     """
     started = time.perf_counter()
+    require_seed("seed", seed)
     bare, config, special = _settings(like)
     least = len(special) + 256
     if vocab_size < least:

@@ -3,7 +3,8 @@
     model.safetensors      parameters and buffers, fp32, under the model's own names
     config.json            the architecture under Hugging Face's `DeepseekV3Config` names
     optimizer.safetensors  AdamW's moments, `<parameter>.exp_avg` and so on (absent in an imported model)
-    state.json             step, loader position, random state, and the SHA-256 of every file and of itself
+    state.json             step, loader position, random state, and the SHA-256 of every file, of the run's tokenizer
+                           and of itself
 
 A checkpoint is filled under a temporary name, flushed to disk and renamed: a kill at any instant leaves the one before.
 """
@@ -81,7 +82,8 @@ def save_checkpoint(
 ) -> Path:
     """Writes `run_dir/step_<step>` and deletes all but the newest `keep` checkpoints. `model.config` is a ModelConfig.
 
-    `state`: json-able. InputError when the disk refuses; the checkpoints before it stay.
+    `state`: json-able; the SHA-256 of the run's tokenizer.json is added. InputError when the disk refuses; the
+    checkpoints before it stay.
     """
     run_dir = Path(run_dir)
     path = run_dir / f"step_{step:06d}"
@@ -93,7 +95,9 @@ def save_checkpoint(
             if optimizer is not None:
                 save_file(_optimizer_tensors(model, optimizer), folder / OPTIMIZER)
             files = {file.name: sha256(file) for file in sorted(folder.iterdir())}
-            full = {**state, "step": step, "files": files}
+            tokenizer = run_dir / "tokenizer" / "tokenizer.json"
+            fingerprint = sha256(tokenizer) if tokenizer.is_file() else None
+            full = {**state, "step": step, "files": files, "tokenizer": fingerprint}
             write_json(folder / STATE, {**full, "checksum": _checksum(full)})
     except (OSError, SafetensorError) as error:
         last = latest_checkpoint(run_dir)

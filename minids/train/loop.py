@@ -107,9 +107,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-        raise InputError(
-            f"train.device: got {name!r}, which cannot be used here ({str(error).splitlines()[0]})"
-        ) from None
+        raise InputError(f"device: got {name!r}, which cannot be used here ({str(error).splitlines()[0]})") from None
     return device
 
 

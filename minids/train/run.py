@@ -29,7 +29,7 @@ from minids.config import (
     to_dict,
     to_toml,
 )
-from minids.convert.hf import load_tokenizer
+from minids.convert.hf import checkpoint_tokenizer
 from minids.errors import InputError, Interrupted
 from minids.files import atomic_write
 from minids.model.model import DeepseekV3
@@ -75,6 +75,8 @@ class Signals:
                 f"{signal.Signals(number).name}: stopped without saving; --resume continues what is there"
             )
         self.received = signal.Signals(number).name
+        with contextlib.suppress(OSError):  # not by sys.stderr, in the middle of whose writing this may come
+            os.write(2, f"\n{self.received}: saving at the end of this step; once more stops at once\n".encode())
 
 
 @dataclass
@@ -146,7 +148,7 @@ def open_base(config: SFTConfig | DPOConfig, run: Run) -> Base:
     seq_len = config.seq_len or read_state(checkpoint).get("seq_len") or min(longest, DEFAULT_SEQ_LEN)
     if seq_len > longest:
         raise InputError(f"seq_len: got {seq_len}, but the model in {checkpoint} takes at most {longest} tokens")
-    return Base(checkpoint, model, load_tokenizer(checkpoint.parent / "tokenizer", model), seq_len)
+    return Base(checkpoint, model, checkpoint_tokenizer(checkpoint, model), seq_len)
 
 
 def steps_for(settings: TrainConfig, epochs: float | None, items: int) -> TrainConfig:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -358,6 +359,27 @@ def test_sigterm_is_as_it_was_after_a_command() -> None:
     assert signal.getsignal(signal.SIGTERM) is former
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="descriptors are closed by a POSIX shell")
+@pytest.mark.parametrize("closed", [">&-", "<&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(closed: str) -> None:
+    """As some schedulers start programs."""
+    result = subprocess.run(
+        ["sh", "-c", f'exec "$@" {closed}', "sh", *MINIDS, "--version"],
+        capture_output=True,
+        env=environment(),
+        timeout=60,
+    )
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert bool(result.stdout) == (">&-" not in closed.replace("2>&-", ""))
+
+
+def test_help_says_what_pretraining_starts_from(capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        main(["pretrain", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"--model.hidden_size X default {c.preset('nano').hidden_size} " in text
+
+
 def test_reader_of_stdout_went_away() -> None:
     read, write = os.pipe()
     os.close(read)
@@ -507,6 +529,55 @@ def test_export_loads_in_transformers_and_comes_back(work: Path, tmp_path: Path)
             "no conversation to train on",
         ),
         (["dpo", "--from", "{tmp}/x", "--data", "{work}/pairs.jsonl", "--out", "{tmp}/o"], "{tmp}/x"),
+        (
+            [
+                "prepare",
+                "--data",
+                "{work}/text.jsonl",
+                "--tokenizer",
+                "{work}/tok",
+                "--out",
+                "{tmp}/o",
+                "--seq-len",
+                "0",
+            ],
+            "seq_len: got 0, wanted a whole number >= 2",
+        ),
+        (
+            ["prepare", "--data", "", "--tokenizer", "{work}/tok", "--out", "{tmp}/o"],
+            "--data: got an empty path, wanted a file, a folder or a pattern",
+        ),
+        (
+            ["prepare", "--data", "{work}/text.jsonl", "--tokenizer", "{work}/tok", "--out", "{tmp}/o", "--seed", "-1"],
+            "seed: got -1, wanted a whole number from 0 to below 2^63",
+        ),
+        (
+            ["tokenizer", "train", "--data", "{work}/text.jsonl", "--out", "{tmp}/o", "--seed", "-1"],
+            "seed: got -1, wanted a whole number from 0 to below 2^63",
+        ),
+        (
+            ["generate", "{work}/base", "--prompt", "x", "--seed", "9223372036854775808"],
+            "--seed: got 9223372036854775808, wanted a whole number from 0 to below 2^63",
+        ),
+        (
+            ["eval", "{work}/base", "--data", "{work}/text.jsonl", "--batch-size", "0"],
+            "--batch-size: got 0, wanted a whole number >= 1",
+        ),
+        (
+            [
+                "pretrain",
+                "--data",
+                "{work}/shards",
+                "--tokenizer",
+                "{work}/tok",
+                "--out",
+                "{tmp}/o",
+                *TINY,
+                "--train.batch_size",
+                "1000000000",
+            ],
+            "train.batch_size: got 1000000000 rows of 32 tokens, wanted fewer than 2^31 tokens",
+        ),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
 )
@@ -580,3 +651,19 @@ def test_interrupt_saves_and_exits_130(work: Path, tmp_path: Path) -> None:
     )
     assert "saved" in line
     assert len(list(run.glob("step_*"))) == 1
+
+
+def test_the_tokenizer_is_the_one_that_was_trained_with(work: Path, tmp_path: Path, capsys: Any) -> None:
+    """Other words under the same ids would be nonsense, not an error, later."""
+    run, rows = tmp_path / "run", str(work / "text.jsonl")
+    shutil.copytree(work / "base", run)
+    said("generate", str(run), "--prompt", "x", "--max-new-tokens", "1")
+    shutil.rmtree(run / "tokenizer")
+    said("tokenizer", "train", "--data", rows, "--vocab-size", "300", "--out", str(run / "tokenizer"))
+    for argv in (
+        ["generate", str(run), "--prompt", "x"], ["eval", str(run), "--data", rows],
+        ["sft", "--from", str(run), "--data", str(work / "chats.jsonl"), "--out", str(tmp_path / "o")],
+        ["export", str(run), "--to", "hf", "--out", str(tmp_path / "o")],
+    ):  # fmt: skip
+        assert f"{run}/tokenizer: holds another tokenizer (" in refused(capsys, *argv)
+    assert not (tmp_path / "o").exists()

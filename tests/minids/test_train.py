@@ -394,9 +394,9 @@ def test_a_full_disk_while_logging_keeps_the_last_checkpoint(folder, tmp_path, m
 
 
 def test_a_device_this_machine_lacks():
-    with pytest.raises(InputError, match=r"train\.device: got 'cuda:77'"):
+    with pytest.raises(InputError, match=r"device: got 'cuda:77'"):
         pick_device("cuda:77")
-    with pytest.raises(InputError, match=r"train\.device: got 'abacus'"):
+    with pytest.raises(InputError, match=r"device: got 'abacus'"):
         pick_device("abacus")
 
 
