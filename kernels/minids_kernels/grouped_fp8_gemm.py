@@ -54,7 +54,7 @@ from .fp8_quant import (
     quantize_tiles_transposed_reference,
     scales_of,
 )
-from .grouped_gemm import SMALL, by_hand, describable, segment_at, segment_of
+from .grouped_gemm import SMALL, by_hand, describable, host_bounds, segment_at, segment_of
 
 if _launch.HAS_TRITON:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -344,12 +344,12 @@ def _triton_segments(x: Tensor, offsets: Tensor, token: Tensor | None) -> tuple[
 
 def _torch_grouped(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor, out: Tensor) -> None:
     """Weights of experts without rows are not widened."""
-    bounds = _bounds(offsets)
-    for expert, (start, end) in enumerate(bounds):
+    bounds = host_bounds(offsets, a.shape[0])
+    for expert, (start, end) in enumerate(itertools.pairwise(bounds)):
         if end > start:
             rows, scales = a[start:end], a_scale[start:end]
             out[start:end] = _torch_gemm(rows, scales, b[expert], b_scale[expert], out.dtype, GROUP)
-    out[bounds[-1][1] if bounds else 0 :].zero_()
+    out[bounds[-1] :].zero_()
 
 
 def _torch_masked(
@@ -496,10 +496,10 @@ def grouped_fp8_gemm(
     """a [T, K] sorted by expert, b [E, N, K] e4m3 codes; a_scale [T, ceil(K / 128)] and b_scale [E, ceil(N / 128),
     ceil(K / 128)] fp32, any strides; offsets int32 [E + 1] -> [T, N] in out_dtype (bf16, fp16 or fp32): rows
     offsets[e] to offsets[e + 1] of a @ b[e].T, zero for rows past offsets[E]. offsets must not decrease, begin with 0
-    and end at T or less: their values are not looked at. Not differentiable: `grouped_fp8_linear` is.
+    and end at T or less: kernels do not look at their values. Not differentiable: `grouped_fp8_linear` is.
 
     Raises TypeError for codes that are not torch.float8_e4m3fn, scales that are not fp32, offsets that are not int32 or
-    another out_dtype, ValueError for shapes that do not fit.
+    another out_dtype, ValueError for shapes that do not fit and, on the PyTorch path, for other offsets.
     """
     check_shape("a", a, (None, None))
     _check_operands(a, a_scale, b, b_scale)

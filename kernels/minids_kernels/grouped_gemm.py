@@ -403,8 +403,16 @@ def _most_rows(rows: int, tiles: int, multiprocessors: int) -> int:
 # --- PyTorch path -----------------------------------------------------------------------------------------------------
 
 
+def host_bounds(offsets: Tensor, rows: int) -> list[int]:
+    """Where segments begin, and the last one's end, on the host; ValueError where that is not within `rows`."""
+    bounds: list[int] = offsets.tolist()
+    if bounds[0] != 0 or bounds[-1] > rows or bounds != sorted(bounds):
+        raise ValueError(f"offsets: got {bounds}, allowed are numbers that rise from 0 to {rows} or less")
+    return bounds
+
+
 def _torch_mm(x: Tensor, w: Tensor, offsets: Tensor, out: Tensor) -> None:
-    bounds = offsets.tolist()
+    bounds = host_bounds(offsets, x.shape[0])
     for expert, (start, end) in enumerate(itertools.pairwise(bounds)):
         if end > start:
             torch.mm(x[start:end], w[expert].T, out=out[start:end])
@@ -412,7 +420,7 @@ def _torch_mm(x: Tensor, w: Tensor, offsets: Tensor, out: Tensor) -> None:
 
 
 def _torch_outer(a: Tensor, b: Tensor, offsets: Tensor, out: Tensor) -> None:
-    for expert, (start, end) in enumerate(itertools.pairwise(offsets.tolist())):
+    for expert, (start, end) in enumerate(itertools.pairwise(host_bounds(offsets, a.shape[0]))):
         torch.mm(a[start:end].T, b[start:end], out=out[expert])
 
 
@@ -507,11 +515,11 @@ _grouped_outer.register_autograd(_outer_backward, setup_context=_setup)
 def grouped_gemm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     """x [T, K] sorted by expert, w [E, N, K], offsets int32 [E + 1] -> [T, N]: x[t] @ w[e].T, rows offsets[e] to
     offsets[e + 1] by expert e, zero for rows past offsets[E]. In x's dtype, under autocast in autocast's.
-    Differentiable in x and w, twice too. offsets must not decrease, begin with 0 and end at T or less: their values
-    are not looked at, since that would wait for the device.
+    Differentiable in x and w, twice too. offsets must not decrease, begin with 0 and end at T or less: kernels do not
+    look at their values, since that would wait for the device.
 
     Raises TypeError for a dtype that is no float, w of another dtype than x's (unless autocast is on) or offsets that
-    are not int32, ValueError when shapes or devices disagree.
+    are not int32, ValueError when shapes or devices disagree and, on the PyTorch path, for other offsets.
     """
     check_float("x", x)
     check_float("w", w)

@@ -475,6 +475,14 @@ def test_gradients_of_gradients() -> None:
         ({"w": torch.zeros(2, 5, 4, device="meta")}, ValueError, "w: got device meta, allowed is cpu"),
         ({"offsets": torch.zeros(2).int()}, ValueError, r"offsets: got shape \(2,\), allowed is \(3\)"),
         ({"offsets": torch.zeros(3).long()}, TypeError, "offsets: got torch.int64, allowed is torch.int32"),
+        *(
+            (
+                {"offsets": torch.tensor(bounds).int()},
+                ValueError,
+                r"offsets: got \[.*\], allowed are numbers that rise from 0",
+            )
+            for bounds in ([0, 2, 4], [1, 2, 3], [0, 3, 2])
+        ),
     ],
 )
 def test_bad_input(change: dict[str, Tensor], error: type[Exception], message: str) -> None:
