@@ -80,12 +80,15 @@ class Parser(argparse.ArgumentParser):
         args = [canonical(token) for token in args]
         flags = [option for action in self._actions for option in action.option_strings]
         commands = self._subparsers_action()
-        for token in args:
+        for place, token in enumerate(args):
             name = token.partition("=")[0]
             if token == "--" or (commands and not token.startswith("-")):
                 break
             if re.fullmatch(r"--?[A-Za-z][\w.-]*", name) and name not in flags:
-                raise InputError(f"unknown flag {name!r}{nearest(name, flags)} (see {self.prog} --help)")
+                hint, before = nearest(name, flags), args[place - 1] if place else ""
+                if not hint and before in flags:
+                    hint = f"; as a value of {before} it is written {before}=..."
+                raise InputError(f"unknown flag {name!r}{hint} (see {self.prog} --help)")
         if commands:
             given = next((token for token in args if not token.startswith("-")), None)
             if given is not None and given not in commands.choices:

@@ -83,6 +83,10 @@ def said(*argv: str) -> str:
         (["--preset", "nano", "pretrain"], "unknown flag '--preset'"),
         (["doctor", "stray"], "unexpected argument 'stray' (see minids doctor --help)"),
         (["generate", "run"], "the following arguments are required: --prompt"),
+        (
+            ["generate", "run", "--prompt", "--how_so"],
+            "unknown flag '--how-so'; as a value of --prompt it is written --prompt=... (see minids generate --help)",
+        ),
         (["generate", "run", "--prompt", "x", "--top-k", "x"], "argument --top-k: invalid int value: 'x'"),
         (["generate", "run", "--prompt", "x", "--temperature", "-1"], "temperature: got -1.0"),
         (["generate", "run", "--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens: got 0, wanted"),
