@@ -38,12 +38,18 @@ def peer(**changes: object) -> DeepseekV3ForCausalLM:
     return model
 
 
-def results(model: nn.Module, ids: Tensor) -> list[Tensor]:
+def results(model: nn.Module, logits: Callable[[], Tensor]) -> list[Tensor]:
     """Logits and all gradients."""
     model.zero_grad()
-    logits = model(ids).logits
-    logits.square().mean().backward()
-    return [logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+    found = logits()
+    found.square().mean().backward()
+    return [found.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def assert_alike(found: list[Tensor], wanted: list[Tensor], ids: Tensor) -> None:
+    """Each of some 20 operators in a row rounds anew and sums in its own order; norms and softmax keep errors' size."""
+    for got, want in zip(found, wanted, strict=True):
+        assert_near(got, want.double(), error_bound(torch.float32, 20 * LAYERS, ids.numel() * 56))
 
 
 @pytest.fixture
@@ -69,16 +75,18 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 def test_logits_and_gradients_are_the_same(ids: Tensor, calls: dict[str, int]) -> None:
-    """Each of some 20 operators in a row rounds anew and sums in its own order; norms and softmax keep errors' size."""
     model = peer()
-    before = results(model, ids)
+
+    def outcome() -> list[Tensor]:
+        return results(model, lambda: model(ids).logits)
+
+    before = outcome()
     undo = apply_to_transformers(model)
-    after = results(model, ids)
+    after = outcome()
     assert calls == {"rms_norm": NORMS, "moe_experts": LAYERS - 1}
-    for got, want in zip(after, before, strict=True):
-        assert_near(got, want.double(), error_bound(torch.float32, 20 * LAYERS, ids.numel() * 56))
+    assert_alike(after, before, ids)
     undo()
-    assert all(torch.equal(got, want) for got, want in zip(results(model, ids), before, strict=True))
+    assert all(torch.equal(got, want) for got, want in zip(outcome(), before, strict=True))
     assert calls["rms_norm"] == NORMS
 
 
@@ -133,16 +141,9 @@ def test_padding_changes_no_logit_and_no_gradient(side: str, implementation: str
     place = torch.arange(9) if side == "right" else torch.arange(9).flip(0)
     mask = place < lengths
 
-    def outcome() -> list[Tensor]:
-        model.zero_grad()
-        logits = model(ids, attention_mask=mask.long()).logits[mask]
-        logits.square().mean().backward()
-        return [logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
-
-    before = outcome()
+    before = results(model, lambda: model(ids, attention_mask=mask.long()).logits[mask])
     apply_to_transformers(model)
-    for got, want in zip(outcome(), before, strict=True):
-        assert_near(got, want.double(), error_bound(torch.float32, 20 * LAYERS, ids.numel() * 56))
+    assert_alike(results(model, lambda: model(ids, attention_mask=mask.long()).logits[mask]), before, ids)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", "flash_attention_2"])
@@ -161,11 +162,10 @@ def test_packed_documents_are_refused(implementation: str) -> None:
 
 def test_checkpointed_layers_give_the_same_gradients(ids: Tensor) -> None:
     model = peer().train()
-    before = results(model, ids)
+    before = results(model, lambda: model(ids).logits)
     apply_to_transformers(model)
     model.gradient_checkpointing_enable()
-    for got, want in zip(results(model, ids), before, strict=True):
-        assert_near(got, want.double(), error_bound(torch.float32, 20 * LAYERS, ids.numel() * 56))
+    assert_alike(results(model, lambda: model(ids).logits), before, ids)
 
 
 def test_gradients_flow_behind_a_past(ids: Tensor) -> None:
@@ -173,18 +173,14 @@ def test_gradients_flow_behind_a_past(ids: Tensor) -> None:
     model = peer().eval()
     mask = torch.tensor([[1] * 9, [0] * 2 + [1] * 7])
 
-    def outcome() -> list[Tensor]:
-        model.zero_grad()
+    def logits() -> Tensor:
         with torch.no_grad():
             cache = model(ids[:, :6], attention_mask=mask[:, :6], use_cache=True).past_key_values
-        logits = model(ids[:, 6:], attention_mask=mask, past_key_values=cache).logits
-        logits.square().mean().backward()
-        return [logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+        return model(ids[:, 6:], attention_mask=mask, past_key_values=cache).logits
 
-    before = outcome()
+    before = results(model, logits)
     apply_to_transformers(model)
-    for got, want in zip(outcome(), before, strict=True):
-        assert_near(got, want.double(), error_bound(torch.float32, 20 * LAYERS, ids.numel() * 56))
+    assert_alike(results(model, logits), before, ids)
 
 
 class Adapted(nn.Module):
@@ -306,12 +302,13 @@ def test_undo_leaves_no_trace(ids: Tensor) -> None:
 
 def test_twice_is_refused_and_changes_nothing(ids: Tensor) -> None:
     model = peer()
-    before = results(model, ids)
+    before = results(model, lambda: model(ids).logits)
     undo = apply_to_transformers(model)
     with pytest.raises(ValueError, match=r"model: the forward of model\.\S* has been replaced already"):
         apply_to_transformers(model)
     undo()
-    assert all(torch.equal(got, want) for got, want in zip(results(model, ids), before, strict=True))
+    after = results(model, lambda: model(ids).logits)
+    assert all(torch.equal(got, want) for got, want in zip(after, before, strict=True))
 
 
 def test_other_models_and_copies_are_their_own(ids: Tensor, calls: dict[str, int]) -> None:
@@ -353,14 +350,14 @@ def test_subclasses_are_served_unless_they_compute_something_else(ids: Tensor) -
     before = model(ids).logits
     apply_to_transformers(model)
     assert ["forward" in vars(layer.self_attn) for layer in model.model.layers] == [True, False]
-    assert_near(model(ids).logits, before.double(), error_bound(torch.float32, 20 * LAYERS, ids.numel() * 56))
+    assert_alike([model(ids).logits], [before], ids)
 
 
 def test_another_activation_keeps_its_experts(ids: Tensor, calls: dict[str, int]) -> None:
     model = peer(hidden_act="gelu")
     before = model(ids).logits
     apply_to_transformers(model)
-    assert_near(model(ids).logits, before.double(), error_bound(torch.float32, 20 * LAYERS, ids.numel() * 56))
+    assert_alike([model(ids).logits], [before], ids)
     assert calls == {"rms_norm": NORMS, "moe_experts": 0}
 
 
