@@ -35,8 +35,14 @@ class YarnConfig:
     mscale_all_dim: float = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"model.rope_scaling.{name}: got {getattr(self, name)}, wanted a number > 0")
         if self.factor < 1:
             raise InputError(f"model.rope_scaling.factor: got {self.factor}, wanted a number >= 1")
+        for name in ("mscale", "mscale_all_dim"):
+            if not math.isfinite(getattr(self, name)):
+                raise InputError(f"model.rope_scaling.{name}: got {getattr(self, name)}, wanted a number")
 
 
 @dataclass(kw_only=True)

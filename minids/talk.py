@@ -93,7 +93,12 @@ class Conversation:
         """The answer to `text`, in pieces. Leave the iterator early to stop the answer there."""
         before = list(self.turns)
         self.turns.append({"role": "user", "content": text})
-        ids, said, pieces = self._prompt(), list[int](), list[str]()
+        try:
+            ids = self._prompt()
+        except InputError:  # the template refuses it
+            self.turns = before
+            raise
+        said, pieces = list[int](), list[str]()
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids[:-1], self.ids, strict=False)))
         self.cache.truncate(min(same, self.cache.length))
         try:

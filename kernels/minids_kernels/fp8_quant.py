@@ -394,7 +394,7 @@ def _torch_dequantize(codes: Tensor, scales: Tensor, tile_m: int, tile: int, dty
     m, k = codes.shape
     values = torch.arange(256, dtype=torch.uint8, device=codes.device).view(E4M3).float()
     tiles = _tiled(codes, tile_m, tile)
-    x = values.index_select(0, tiles.int().view(-1)).view(tiles.shape).mul_(scales[:, None, :, None])
+    x = values.index_select(0, tiles.int().flatten()).view(tiles.shape).mul_(scales[:, None, :, None])
     x = x.view(tiles.shape[0] * tile_m, tiles.shape[2] * tile)[:m, :k]
     return x.to(dtype, memory_format=torch.contiguous_format)
 

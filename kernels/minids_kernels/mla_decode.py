@@ -376,6 +376,10 @@ def _rows(kv_cache: Tensor, block_table: Tensor, length: int) -> Tensor:
     pages = table.flatten().tolist()
     if not pages:
         return kv_cache.new_empty(len(table), 0, kv_cache.shape[2])
+    known = range(kv_cache.shape[0])
+    if any(page not in known for page in pages):
+        wrong = next(page for page in pages if page not in known)
+        raise ValueError(f"block_table: got page {wrong}, allowed is 0 to {len(known) - 1}")
     if pages == list(range(pages[0], pages[0] + len(pages))):
         rows = kv_cache[pages[0] : pages[0] + len(pages)]
     else:
@@ -406,16 +410,15 @@ def _torch_decode(
     room = block_table.shape[1] * kv_cache.shape[1]
     if any(not 0 <= length <= room for length in lengths):
         raise ValueError(f"seq_lens: got {lengths[:8]}, allowed is 0 to {room} (rows of the pages)")
+
+    def attend(sequences: slice, length: int) -> tuple[Tensor, Tensor]:
+        rows = widened_rows(_rows(kv_cache, block_table[sequences], length), v_dim, q.dtype)
+        with torch.autocast(q.device.type, enabled=False):  # which kernels do not know either
+            return _attend(q[sequences], rows, v_dim, scale, causal)
+
     if len(set(lengths)) < 2:
-        rows = widened_rows(_rows(kv_cache, block_table, max(lengths, default=0)), v_dim, q.dtype)
-        return _attend(q, rows, v_dim, scale, causal)
-    parts = [
-        _attend(
-            q[b : b + 1], widened_rows(_rows(kv_cache, block_table[b : b + 1], length), v_dim, q.dtype), v_dim, scale,
-            causal,
-        )
-        for b, length in enumerate(lengths)
-    ]  # fmt: skip
+        return attend(slice(None), max(lengths, default=0))
+    parts = [attend(slice(b, b + 1), length) for b, length in enumerate(lengths)]
     return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
 
 

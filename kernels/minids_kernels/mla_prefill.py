@@ -150,7 +150,7 @@ def mla_prefill(
     *before, last = _passes(lengths, new, workspace)
     if not before and not return_lse:
         k, v, key_bounds = expanded(last)
-        return mla_attention(q, k, v, cu_seqlens, True, scale, cu_seqlens_k=key_bounds)
+        return mla_attention(q, k, v, cu_seqlens, True, scale, cu_seqlens_k=key_bounds).to(dtype)
     outs, lses = [], []
     for ranges in (*before, last):
         k, v, key_bounds = expanded(ranges)

@@ -84,7 +84,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _pairs(x: Tensor) -> Tensor:
     """Neighbouring columns as complex numbers [T, H, R/2], which have to begin at even places of memory."""
-    if x.stride(-1) != 1 or x.storage_offset() % 2 or any(stride % 2 for stride in x.stride()[:-1]):
+    if (
+        torch.compiler.is_compiling()
+        or x.stride(-1) != 1
+        or x.storage_offset() % 2
+        or any(stride % 2 for stride in x.stride()[:-1])
+    ):
         x = x.clone(memory_format=torch.contiguous_format)
     return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
 

@@ -282,9 +282,9 @@ def export_hf(
         report = _write_shards(tensors, folder, max_shard_size)
         tokenizer.save(folder)
         write_json(folder / "config.json", to_hf_config(config, str(torch_dtype).removeprefix("torch.")))
+        ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         write_json(
-            folder / "generation_config.json",
-            {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id},
+            folder / "generation_config.json", {name: number for name, number in ids.items() if number is not None}
         )
     return {"out": str(out), "checkpoint": str(checkpoint), "dtype": dtype or "fp32", **report}
 

@@ -70,6 +70,8 @@ def _from_hf_config(values: Mapping[str, Any]) -> ModelConfig:
             fields[name] = fields[name][0] if fields[name] else None
         if fields.get(name, 0) is None:
             del fields[name]
+    if (fields.get("pad_token_id") or 0) < 0:  # as older configurations say that there is none
+        fields["pad_token_id"] = None
     for name in ("n_shared_experts", "num_nextn_predict_layers"):
         if fields.get(name, 0) is None:
             fields[name] = 0

@@ -23,7 +23,8 @@ import numpy as np
 from minids.errors import InputError
 
 WINDOW = 24  # bytes of a shingle, white space not counted
-# A pair of Jaccard similarity s is caught with probability 1 - (1 - s^8)^16: 6 % at s = 0.5, 95 % at 0.8.
+# A pair of Jaccard similarity s is caught with probability 1 - (1 - s^8)^16: 6 % at s = 0.5, 95 % at 0.8; fewer of
+# documents with so few shingles that bands share some.
 BANDS, BAND_ROWS = 16, 8
 SHORT = 64  # shingles; below it a document has no signature: short texts of one template are not copies
 MEASURED = 1 << 20  # bytes of a document that repetition and similarity are measured on

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import multiprocessing
 import os
 import random
@@ -105,8 +106,17 @@ def encode_documents(documents: list[Document], tokenizer: Tokenizer, rules: Enc
 def _examine(document: Document, rules: CleanRules) -> Examined:
     text = document.text
     if text is None:
-        text = "\n\n".join(message["content"] for message in document.messages)
+        text = "\n\n".join(part for message in document.messages for part in _said(message))
     return examine(text, rules)
+
+
+def _said(message: dict[str, Any]) -> list[str]:
+    """All that makes it differ from others: an assistant may call tools without a word."""
+    calls = message.get("tool_calls")
+    return [
+        *filter(None, [message.get("reasoning_content"), message["content"]]),
+        *([json.dumps(calls, ensure_ascii=False, sort_keys=True)] if calls else []),
+    ]
 
 
 def _cleaned(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

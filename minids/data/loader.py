@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from minids.data.store import TokenShards
+from minids.data.store import TokenShards, is_padding
 from minids.errors import InputError
 
 IGNORED = -100  # label the loss skips, as in torch.nn.functional.cross_entropy
@@ -36,12 +36,14 @@ class Batch:
 def make_batch(rows: list[tuple[np.ndarray, np.ndarray | None, list[int]]], pad_id: int) -> Batch:
     """A batch of rows of equal length, each (tokens, mask | None, bounds) as TokenShards.row gives it."""
     tokens = np.stack([row[0] for row in rows]).astype(np.int64)
-    labels = np.where(tokens == pad_id, IGNORED, tokens)
+    labels = tokens.copy()
     starts: list[int] = []
     for number, (_, mask, bounds) in enumerate(rows):
         if mask is not None:
             labels[number, ~mask] = IGNORED
         labels[number, bounds[:-1]] = IGNORED
+        if is_padding(tokens[number, bounds[-2] :], pad_id):
+            labels[number, bounds[-2] :] = IGNORED
         starts += [number * tokens.shape[1] + bound for bound in bounds[:-1]]
     cu_seqlens = torch.tensor([*starts, tokens.size], dtype=torch.int32)
     return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), cu_seqlens)

@@ -192,6 +192,8 @@ def _says_nothing(message: Message) -> bool:
 
 
 def _chat_or_prompt(messages: list[Message], tools: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+    if any(message["role"] == "assistant" and _says_nothing(message) for message in messages[:-1]):
+        raise BadRow("empty", "an answer of the assistant before the last turn says nothing")
     if messages[-1]["role"] == "assistant" and _says_nothing(messages[-1]):
         messages, kind = messages[:-1], "prompt"
     else:

@@ -36,6 +36,12 @@ def record_dtype(seq_len: int, vocab_size: int, has_mask: bool) -> np.dtype:
     return np.dtype(fields)
 
 
+def is_padding(segment: np.ndarray, pad_id: int) -> bool:
+    """Of a row's last segment, which is where padding lies. Elsewhere the token is what it says: many tokenizers pad
+    with the token that ends a document."""
+    return bool((segment == pad_id).all())
+
+
 class ShardWriter:
     """Writes rows to files of at most `shard_bytes` in `folder`, one sequence of files per (split, source)."""
 
@@ -78,7 +84,9 @@ class ShardWriter:
         starts = np.zeros(len(row.tokens), dtype=bool)
         starts[row.bounds[:-1]] = True
         record["starts"] = np.packbits(starts)
-        counted = (row.tokens != self.pad_id) & ~starts
+        counted = ~starts
+        if is_padding(row.tokens[row.bounds[-2] :], self.pad_id):
+            counted[row.bounds[-2] :] = False
         if self.has_mask:
             if row.mask is None:
                 raise ValueError("a row without a mask for shards with masks")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from minids.data.loader import Batch
 from minids.data.pack import Sample
@@ -84,7 +85,7 @@ def bits_per_byte(
     if batch_size < 1:
         raise InputError(f"--batch-size: got {batch_size}, wanted a whole number >= 1")
     where = pick_device(device)
-    model, tokenizer = load(path, device=where)
+    model, tokenizer = load(path, device=where, dtype=torch.float32)  # products are in what autocast says
     longest = model.config.max_position_embeddings
     length = min(longest, 2048) if seq_len is None else seq_len
     if not 2 <= length <= longest:

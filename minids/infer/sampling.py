@@ -58,7 +58,8 @@ def next_token(logits: Tensor, sampling: Sampling, seen: Tensor | None, generato
         logits = penalise(logits, seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    logits = logits / sampling.temperature
+    # 0 at most, so that the smallest temperatures make none infinite
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, torch.finfo(torch.float32).tiny)
     if sampling.top_k:
         logits = keep_top_k(logits, sampling.top_k)
     if sampling.top_p < 1:

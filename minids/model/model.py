@@ -187,7 +187,9 @@ class DeepseekV3(nn.Module):
                 routings.append(routing)
         balance, counts = nll.new_zeros(0), nll.new_zeros(0, 0)
         if routings:
-            balance, counts = balance_loss(routings, input_ids.shape[0])
+            # behind a row's last label nothing is trained on: padding, mostly
+            real = (labels != IGNORE).flip(1).cumsum(1).flip(1) > 0
+            balance, counts = balance_loss(routings, real)
         return Losses(nll, tokens, mtp_nll, mtp_tokens, balance.sum(), counts)
 
     def _nll(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

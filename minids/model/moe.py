@@ -138,22 +138,30 @@ class MoE(nn.Module):
         return self.experts(x, ids, weight, shared), Routing(ids, scores)
 
 
-def balance_loss(routings: list[Routing], sequences: int) -> tuple[Tensor, Tensor]:
-    """Of L layers, whose T tokens are `sequences` equally long sequences: the sequence-wise balance losses [L] without
-    alpha (report, equations 17-20: sum over experts of f_i P_i, averaged over sequences), and tokens per expert [L, E].
+def balance_loss(routings: list[Routing], real: Tensor) -> tuple[Tensor, Tensor]:
+    """Of L layers, with real [B, S] False where a token is padding: the sequence-wise balance losses [L] without alpha
+    (report, equations 17-20: sum over experts of f_i P_i, averaged over sequences), and tokens per expert [L, E].
+
+    f_i counts whose scores are highest, as equation 18 has it, before the bias: where that has evened the load, the
+    routed tokens would say that nothing is left to do.
     """
     ids = torch.stack([r.topk_ids for r in routings])
     scores = torch.stack([r.scores for r in routings])
-    (layers, tokens, top_k), experts = ids.shape, scores.shape[-1]
-    length = tokens // sequences
-    counts = scores.new_zeros(layers * sequences, experts)
-    chosen = ids.view(layers * sequences, length * top_k)
-    counts.scatter_add_(1, chosen, counts.new_ones(()).expand_as(chosen))
-    counts = counts.view(layers, sequences, experts)
-    share = scores / scores.sum(-1, keepdim=True)
-    mean_share = share.view(layers, sequences, length, experts).mean(2)
-    balance = (counts * (experts / (top_k * length)) * mean_share).sum(-1).mean(1)
-    return balance, counts.sum(1)
+    (layers, _, top_k), experts, (sequences, length) = ids.shape, scores.shape[-1], real.shape
+    weight = real.to(scores.dtype)
+    tokens = weight.sum(1).clamp(min=1).view(1, sequences, 1)
+
+    def counts(chosen: Tensor) -> Tensor:
+        """[L, T, k] -> tokens of each sequence that chose each expert [L, B, E]."""
+        each = weight.view(1, sequences, length, 1).expand(layers, -1, -1, top_k).flatten(2)
+        zeros = scores.new_zeros(layers, sequences, experts)
+        return zeros.scatter_add_(2, chosen.view(layers, sequences, length * top_k), each)
+
+    share = (scores / scores.sum(-1, keepdim=True)).view(layers, sequences, length, experts)
+    mean_share = (share * weight.unsqueeze(-1)).sum(2) / tokens
+    highest = counts(scores.detach().topk(top_k, dim=-1).indices)
+    balance = (highest * (experts / top_k) / tokens * mean_share).sum(-1).mean(1)
+    return balance, counts(ids).sum(1)
 
 
 @torch.no_grad()

@@ -124,7 +124,7 @@ def resolve(path: str | os.PathLike[str]) -> Path:
     if not path.exists():
         raise InputError(f"{path}: no such folder")
     if (path / STATE).is_file():
-        return path
+        return path.resolve()  # its tokenizer lies beside it, not beside a link to it
     found = latest_checkpoint(path)
     if found is None:
         raise InputError(f"{path}: neither a checkpoint (no {STATE}) nor a run folder with step_* checkpoints in it")

@@ -217,6 +217,18 @@ def test_where_chunks_end_does_not_matter(
         compare(tensors, targets, "fp32", way, roundings=16, label_smoothing=label_smoothing)
 
 
+def test_many_chunks_do_not_add_up_roundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weight's gradient in bf16 is rounded a few times, whatever the number of chunks that it is summed over."""
+    monkeypatch.setattr(room, "CHUNK_ELEMENTS", 8 * 300)
+    x, weight = torch.randn(2048, 16).bfloat16(), torch.randn(300, 16).bfloat16().requires_grad_()
+    targets = torch.randint(300, (2048,))
+    linear_cross_entropy(x, weight, targets, reduction="sum").backward()
+    wide = weight.detach().double().requires_grad_()
+    F.cross_entropy(x.double() @ wide.T, targets, reduction="sum").backward()
+    assert weight.grad is not None and wide.grad is not None
+    assert_near(weight.grad, wide.grad, error_bound(torch.bfloat16, 3, 2048))
+
+
 @pytest.mark.parametrize("mode", ["fp32", "bf16", "autocast"])
 def test_large_vocabulary(mode: str) -> None:
     """Several real pieces; V3's own vocabulary."""

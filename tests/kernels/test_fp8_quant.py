@@ -190,6 +190,12 @@ def test_dequantise(shape: tuple[int, int], dtype: torch.dtype, device: torch.de
         )  # fmt: skip
 
 
+def test_dequantises_codes_that_lie_transposed(device: torch.device) -> None:
+    codes, scales = quantize_blocks(torch.randn(128, 256, device=device))
+    want = dequantize_blocks(codes, scales, torch.float32)
+    assert torch.equal(dequantize_blocks(codes.T, scales.T, torch.float32), want.T)
+
+
 @triton.jit
 def _encode_kernel(x_ptr, codes_ptr, back_ptr, n, BLOCK: tl.constexpr, NATIVE: tl.constexpr):
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -461,6 +461,16 @@ def test_pages_in_order_are_not_copied() -> None:
     assert rows.untyped_storage().data_ptr() == cache.untyped_storage().data_ptr()
 
 
+def test_autocast_changes_nothing() -> None:
+    cache, table = torch.randn(4, 4, WIDTH), torch.tensor([[0, 2], [3, 1]])
+    for lengths in ([7, 7], [3, 8]):
+        args = torch.randn(2, 1, 2, WIDTH), cache, table, torch.tensor(lengths), LATENT, SCALE
+        want = mla_decode(*args)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = mla_decode(*args)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)) and got[0].dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -472,6 +482,8 @@ def test_pages_in_order_are_not_copied() -> None:
         ({"seq_lens": torch.tensor([-1])}, ValueError, r"seq_lens: got \[-1\]"),
         ({"seq_lens": torch.tensor([5.0])}, TypeError, "seq_lens: got torch.float32, allowed are torch.int32"),
         ({"block_table": torch.zeros(1, 2)}, TypeError, "block_table: got torch.float32, allowed are torch.int32"),
+        ({"block_table": torch.tensor([[1, 2]])}, ValueError, "block_table: got page 2, allowed is 0 to 1"),
+        ({"block_table": torch.tensor([[-1, 0]])}, ValueError, "block_table: got page -1, allowed is 0 to 1"),
         ({"q": torch.zeros(1, 2, WIDTH)}, ValueError, "q: got shape"),
         ({"v_dim": WIDTH + 1}, ValueError, "v_dim: got 25, allowed is 1 to the row's 24"),
     ],

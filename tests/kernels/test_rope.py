@@ -53,6 +53,15 @@ def test_agrees_with_pairs(shape: tuple[int, int, int, int], mode: str, device: 
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_into_one_graph(dynamic: bool | None) -> None:
+    x, (cos, sin) = torch.randn(6, 3, 8, requires_grad=True), angles(6, 8)
+    compiled = torch.compile(rope, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    got, want = compiled(x, cos, sin), rope(x, cos, sin)
+    assert torch.equal(got, want)
+    assert torch.equal(*(torch.autograd.grad(out.square().sum(), x)[0] for out in (got, want)))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [2, 6, 64])
 def test_there_and_back_where_it_lies(width: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -136,6 +136,8 @@ def test_resolve(saved, tmp_path):
     path, _, _ = saved
     assert resolve(path) == path
     assert resolve(path.parent) == path
+    (tmp_path / "link").symlink_to(path)
+    assert resolve(tmp_path / "link") == path.resolve()  # where its tokenizer is
     with pytest.raises(InputError, match="no such folder"):
         resolve(tmp_path / "absent")
     (tmp_path / "empty").mkdir()

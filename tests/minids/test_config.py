@@ -100,6 +100,9 @@ def test_flags_convert() -> None:
         ({"model.qk_rope_head_dim": "7"}, "model.qk_rope_head_dim: got 7, wanted an even number"),
         ({"model.hidden_size": "0"}, "model.hidden_size: got 0"),
         ({"model.rope_scaling.factor": "0.5"}, "model.rope_scaling.factor: got 0.5, wanted a number >= 1"),
+        ({"model.rope_scaling.factor": "nan"}, "model.rope_scaling.factor: got nan, wanted a number > 0"),
+        ({"model.rope_scaling.beta_fast": "0"}, "model.rope_scaling.beta_fast: got 0.0, wanted a number > 0"),
+        ({"model.rope_scaling.mscale": "inf"}, "model.rope_scaling.mscale: got inf, wanted a number"),
         ({"checkpoint.keep": "0"}, "wanted every >= 0, keep >= 1"),
     ],
 )

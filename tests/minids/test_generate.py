@@ -184,6 +184,12 @@ def test_seed_decides_the_sample(model: LanguageModel) -> None:
     assert sample(seed=1) != sample(seed=2)
 
 
+def test_the_smallest_temperatures_are_greedy() -> None:
+    logits = torch.tensor([[1e4, 3.0, 1e4 - 1, -1e4]])
+    for temperature in (1e-3, 1e-38, 1e-45, 1e-300):
+        assert next_token(logits, Sampling(temperature=temperature), None, None).tolist() == [0]
+
+
 def test_penalty_counts_the_prompt_and_the_answer(model: LanguageModel) -> None:
     """So strong a penalty that nothing is said twice, as long as unsaid tokens have positive logits."""
     ids = tokens(model.config, 1, 20)

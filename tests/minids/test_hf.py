@@ -75,6 +75,11 @@ def test_config_survives_us_and_transformers(config: ModelConfig) -> None:
     assert from_hf_config(json.loads(theirs.to_json_string())) == config
 
 
+def test_no_pad_token_as_older_files_have_it() -> None:
+    values = to_hf_config(dataclasses.replace(NAMED["v3"], pad_token_id=None)) | {"pad_token_id": -1}
+    assert from_hf_config(values).pad_token_id is None
+
+
 def test_config_of_the_official_release() -> None:
     """The keys as deepseek-ai/DeepSeek-V3 has them, older than `rope_parameters` and `dtype`."""
     values = dict(
@@ -160,7 +165,9 @@ def test_exported_folder_speaks_to_transformers(tmp_path: Path) -> None:
     folder = exported(tmp_path, build(NAMED["v3"]))
     assert AutoConfig.from_pretrained(folder).architectures == ["DeepseekV3ForCausalLM"]
     generation = GenerationConfig.from_pretrained(folder)
-    assert (generation.bos_token_id, generation.eos_token_id) == (0, 1)
+    assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (0, 1, None)
+    padded = build(dataclasses.replace(NAMED["v3"], pad_token_id=2))
+    assert GenerationConfig.from_pretrained(exported(tmp_path / "padded", padded)).pad_token_id == 2
     theirs, ours = AutoTokenizer.from_pretrained(folder), Tokenizer.load(folder)
     text = "深度求索 deep seek 1234\n"
     assert theirs(text).input_ids == ours.encode(text)

@@ -144,6 +144,25 @@ def test_labels_skip_starts_padding_and_the_masked():
     )
 
 
+def test_documents_end_where_the_pad_token_is_their_end(tmp_path):
+    """Many tokenizers pad with the token that ends a document: only a row's last segment can be padding."""
+    rows = [
+        (np.array([5, 6, 2, 8, 2, 2]), None, [0, 3, 5, 6]),
+        (np.array([5, 6, 2, 2, 2, 2]), np.array([False, True, True, False, False, False]), [0, 3, 6]),
+        (np.array([5, 2, 2, 8, 9, 2]), None, [0, 3, 6]),
+    ]
+    no = IGNORED
+    want = [[no, 6, 2, no, 2, no], [no, 6, 2, no, no, no], [no, 2, 2, no, 9, 2]]
+    assert make_batch(rows, pad_id=2).labels.tolist() == want
+    for has_mask, chosen in ((False, (0, 2)), (True, (1,))):
+        writer = ShardWriter(tmp_path, 6, 10, 2, "x", has_mask)
+        for number in chosen:
+            tokens, mask, bounds = rows[number]
+            writer.add(PackedRow(tokens, mask, bounds))
+        writer.close()
+        assert writer.targets["train"] == sum(label != no for number in chosen for label in want[number])
+
+
 def test_evaluation_reads_the_split_once_in_order(tmp_path):
     shards = make_shards(tmp_path / "x", [5, 4])
     seen = [int(row[0]) for batch in eval_batches(shards, TRAIN, 2) for row in batch.input_ids]

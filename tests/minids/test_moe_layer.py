@@ -30,32 +30,39 @@ def quick() -> Iterator[None]:
     seed=st.integers(0, 2**16),
 )  # fmt: skip
 def test_balance_loss_in_a_loop(sequences: int, length: int, experts: int, top_k: int, seed: int) -> None:
-    """Equations 17 to 20: f_i = E / (k T) * tokens that chose i, P_i = mean of s_i / sum of s; the sum of f_i P_i."""
+    """Equations 17 to 20: f_i = E / (k T) * tokens whose k highest scores i is among, P_i = mean of s_i / sum of s; the
+    sum of f_i P_i. Padding is in none of it."""
     torch.manual_seed(seed)
     top_k = min(top_k, experts)
     logits = torch.randn(sequences * length, experts, requires_grad=True)
     ids, _, scores = moe_gate(logits, torch.randn(experts), top_k)
-    (balance, _), counts = balance_loss([Routing(ids, scores), Routing(ids.flip(0), scores.flip(0))], sequences)
+    real = torch.arange(length) < torch.randint(length + 1, (sequences, 1))
+    other = Routing(ids.roll(1, 0), scores.roll(1, 0))
+    (balance, _), counts = balance_loss([Routing(ids, scores), other], real)
     total = torch.zeros(())
     for sequence in range(sequences):
-        tokens = range(sequence * length, (sequence + 1) * length)
+        tokens = [sequence * length + place for place in range(length) if real[sequence, place]]
         for i in range(experts):
-            f = experts / (top_k * length) * sum(i in ids[t].tolist() for t in tokens)
-            p = sum(scores[t, i] / scores[t].sum() for t in tokens) / length
+            f = experts / (top_k * max(1, len(tokens))) * sum(i in scores[t].topk(top_k).indices for t in tokens)
+            p = sum(scores[t, i] / scores[t].sum() for t in tokens) / max(1, len(tokens))
             total = total + f * p / sequences
     torch.testing.assert_close(balance, total)
-    assert counts.tolist() == 2 * [[int((ids == i).sum()) for i in range(experts)]]
+    for found, chosen in zip(counts, (ids, other.topk_ids), strict=True):
+        assert found.tolist() == [int((chosen[real.flatten()] == i).sum()) for i in range(experts)]
+    if not total.requires_grad:  # nothing but padding
+        return
     grads = [torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (balance, total)]
     torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-5)
 
 
 def balance(ids: Tensor, scores: Tensor, sequences: int) -> float:
-    return balance_loss([Routing(ids, scores)], sequences)[0].item()
+    return balance_loss([Routing(ids, scores)], torch.ones(sequences, len(ids) // sequences).bool())[0].item()
 
 
 def test_balance_loss_is_one_when_even_and_more_when_not() -> None:
-    even = torch.full((8, 4), 0.5)
-    assert balance(torch.arange(8).view(8, 1) % 4, even, 1) == pytest.approx(1.0)
+    ids = torch.arange(8).view(8, 1) % 4
+    even = torch.full((8, 4), 0.5).scatter_add(1, ids, torch.full((8, 1), 1e-6))
+    assert balance(ids, even, 1) == pytest.approx(1.0)
     skewed = torch.tensor([[0.9, 0.1, 0.1, 0.1]]).expand(8, 4)
     # all tokens to expert 0, whose mean share is 0.9 / 1.2: 4 * 0.75
     assert balance(torch.zeros(8, 1, dtype=torch.int64), skewed, 1) == pytest.approx(3.0)

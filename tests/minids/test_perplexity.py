@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import DeepseekV3ForCausalLM
 
+from minids.convert.hf import export_hf
 from minids.data.pack import Sample
 from minids.errors import InputError
 from minids.evaluate.perplexity import _windows, bits_per_byte
@@ -131,6 +133,21 @@ def test_bytes_of_tokens():
     ids = tiny.tokenizer().encode("fox 狐狸🦊", add_bos=True, add_eos=True)
     assert table[ids].sum() == len("fox 狐狸🦊".encode())
     assert table[[tiny.tokenizer().bos_id, tiny.tokenizer().eos_id]].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_precision_is_what_was_asked_for(folder, tmp_path, stored):
+    """Of products, whatever the weights are stored in."""
+    file = str(folder / "text.jsonl")
+    export_hf(folder / "run", tmp_path / "fp32")
+    DeepseekV3ForCausalLM.from_pretrained(tmp_path / "fp32").to(stored).save_pretrained(tmp_path / "half")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tmp_path / "fp32" / name, tmp_path / "half" / name)
+    load_half = load(tmp_path / "half")[0]
+    assert load_half.lm_head.weight.dtype == stored
+    nll = {dtype: bits_per_byte(tmp_path / "half", [file], dtype=dtype)["nll"] for dtype in ("fp32", "bf16")}
+    exact = bits_per_byte(folder / "run", [file], dtype="fp32")["nll"]
+    assert nll["fp32"] == pytest.approx(exact, rel=1e-3) and nll["fp32"] != nll["bf16"]
 
 
 def test_bad_input(folder, tmp_path):

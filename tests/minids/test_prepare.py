@@ -20,6 +20,7 @@ from minids.data.prepare import parse_sources, prepare
 from minids.data.store import HOLDOUT, TRAIN, TokenShards
 from minids.errors import InputError
 from minids.tokenizer import Tokenizer, train_from_texts
+from tests.minids.tiny import write_rows
 
 GIB = 1 << 30
 
@@ -102,6 +103,21 @@ def documents_of(shards: TokenShards, split: str) -> list[list[int]]:
 
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_chats_that_differ_in_tool_calls_or_reasoning_are_no_copies(tmp_path, tokenizer):
+    def chat(**answer):
+        return {
+            "messages": [{"role": "user", "content": "what is it?"}, {"role": "assistant", "content": "", **answer}]
+        }
+
+    def call(city):
+        return {"tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"city": city}}}]}
+
+    rows = [chat(**call(city)) for city in ("Oslo", "Rome", "Oslo")]
+    rows += [chat(content="So it is.", reasoning_content=why) for why in ("because of that", "because of this")]
+    report = prepare([write_rows(tmp_path / "x.jsonl", rows)], tokenizer, tmp_path / "o", seq_len=64, holdout=0.0)
+    assert report["dropped"] == {"duplicate": 1} and report["documents"] == 4
 
 
 def test_the_number_of_workers_does_not_change_a_byte(tmp_path, corpus, tokenizer):

@@ -230,6 +230,16 @@ def test_literals_that_no_json_could_hold_are_bad_rows(tmp_path: Path, column: s
     assert f"x.csv:3: {column}: wanted a list in JSON or Python form, got" in report.examples["bad value"][0]
 
 
+def test_an_empty_answer_before_the_last_turn_is_no_answer(tmp_path: Path) -> None:
+    report = RowReport()
+    silent = {"role": "assistant", "content": " "}
+    calls = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    turns = [[*CHAT[:1], silent, *CHAT], [*CHAT[:1], calls, *CHAT], [*CHAT[:1], silent] * 2]
+    rows = [{"messages": messages} for messages in turns]
+    read = list(read_rows(write(tmp_path / "x.jsonl", lines(*rows)), report=report))
+    assert [row.number for row in read] == [2] and report.skipped == {"empty": 2}
+
+
 def test_prompts_keep_their_columns(tmp_path: Path) -> None:
     empty_answer = only(tmp_path, {"conversations": [CHAT[0], {"role": "assistant", "content": ""}], "gt": ["2"]})
     assert (empty_answer.kind, empty_answer.messages, empty_answer.columns) == ("prompt", CHAT[:1], {"gt": ["2"]})

@@ -101,6 +101,23 @@ def test_a_message_that_is_too_long_is_refused_and_forgotten() -> None:
     assert conversation.turns == before
     turns = [*before, {"role": "user", "content": "hello"}]
     assert "".join(conversation.say("hello")) == fresh_answer(speaker, turns)
+
+
+def test_a_message_that_the_template_refuses_is_forgotten() -> None:
+    speaker = voice()
+    template = speaker.tokenizer.config["chat_template"]
+    refusal = "{% if messages[-1]['content'] == 'no' %}{{ raise_exception('not that') }}{% endif %}"
+    speaker.tokenizer.config["chat_template"] = refusal + template
+    conversation = Conversation(speaker)
+    list(conversation.say("hello"))
+    before = list(conversation.turns)
+    with pytest.raises(InputError, match="not that"):
+        list(conversation.say("no"))
+    assert conversation.turns == before
+    assert "".join(conversation.say("hello")) == fresh_answer(speaker, [*before, {"role": "user", "content": "hello"}])
+
+
+def test_without_a_limit_a_full_context_is_refused() -> None:
     speaker = voice(max_new_tokens=None)
     with pytest.raises(InputError, match="leaves no room for an answer"):
         list(speaker.stream([5] * 128, []))
