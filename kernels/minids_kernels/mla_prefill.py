@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import check_float, check_shape
+from ._checks import check_dtype, check_float, check_shape
 from ._launch import queued
 from .fp8_quant import E4M3
 from .mla_attention import mla_attention, mla_attention_reference
@@ -93,6 +93,8 @@ def _check(
     check_shape("block_table", block_table, (None, None))
     check_shape("seq_lens", seq_lens, (block_table.shape[0],))
     check_shape("cu_seqlens", cu_seqlens, (block_table.shape[0] + 1,))
+    for name, x in (("block_table", block_table), ("seq_lens", seq_lens), ("cu_seqlens", cu_seqlens)):
+        check_dtype(name, x, torch.int32, torch.int64)
     for name, x in (("q[1]", rotary), ("w_kv", w_kv), ("kv_cache", nope if fp8 else kv_cache)):
         if x.dtype != nope.dtype:
             raise TypeError(f"{name}: got {x.dtype}, allowed is q[0]'s {nope.dtype}")

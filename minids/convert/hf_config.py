@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -67,7 +68,10 @@ def _from_hf_config(values: Mapping[str, Any]) -> ModelConfig:
     fields = {name: value for name, value in values.items() if name in known}
     for name in ("bos_token_id", "eos_token_id"):
         if isinstance(fields.get(name), list):  # several end tokens: the first is the one the model was trained with
-            fields[name] = fields[name][0] if fields[name] else None
+            given = fields[name]
+            fields[name] = given[0] if given else None
+            if len(given) > 1:
+                warnings.warn(f"{name}: got {given}; {given[0]} alone ends an answer here", stacklevel=2)
         if fields.get(name, 0) is None:
             del fields[name]
     if (fields.get("pad_token_id") or 0) < 0:  # as older configurations say that there is none

@@ -126,6 +126,8 @@ def test_passes_expand_each_row_once(sequences: list[tuple[int, int]], workspace
         ({"seq_lens": torch.tensor([8, 33])}, ValueError, r"seq_lens: got \[8, 33\] with \[9, 33\] new tokens"),
         ({"seq_lens": torch.tensor([70, 97])}, ValueError, r"seq_lens: got \[70, 97\] .* allowed is those to 96"),
         ({"cu_seqlens": torch.tensor([0, 9, 41])}, ValueError, r"cu_seqlens: got \[0, 9, 41\], allowed is 0, rising"),
+        ({"cu_seqlens": torch.tensor([0, 9, 4e1])}, TypeError, "cu_seqlens: got torch.float32, allowed are"),
+        ({"block_table": torch.zeros(2, 6)}, TypeError, "block_table: got torch.float32, allowed are torch.int32"),
         ({"cu_seqlens": torch.tensor([0, 42])}, ValueError, r"cu_seqlens: got shape \(2,\), allowed is \(3\)"),
     ],
 )

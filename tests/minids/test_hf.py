@@ -80,6 +80,11 @@ def test_no_pad_token_as_older_files_have_it() -> None:
     assert from_hf_config(values).pad_token_id is None
 
 
+def test_several_end_tokens_are_not_dropped_in_silence() -> None:
+    with pytest.warns(UserWarning, match=r"eos_token_id: got \[1, 5\]; 1 alone ends an answer here"):
+        assert from_hf_config(to_hf_config(NAMED["v3"]) | {"eos_token_id": [1, 5]}).eos_token_id == 1
+
+
 def test_config_of_the_official_release() -> None:
     """The keys as deepseek-ai/DeepSeek-V3 has them, older than `rope_parameters` and `dtype`."""
     values = dict(
