@@ -3,12 +3,12 @@
 
     from minids_kernels.compat.deep_gemm import fp8_gemm_nt, m_grouped_fp8_gemm_nt_contiguous
 
-Arguments go by the names and in the order of 2.6; up to `recipe` their order has been the same since 2.0. An operand is
-a pair of e4m3 codes and fp32 scales, as DeepGEMM wants them on Hopper; both may lie in memory as they will, with or
-without its alignment for tensor copies. Runs on every GPU that Triton serves, any sizes, without a compiler at run
-time. Nothing waits for the device. Recipes other than 1x128 by 128x128 (1x128 by 1x128 for the k-grouped products, both
-for the dense ones), packed power-of-two scales and prefix sums of K are refused. Of no effect are `compiled_dims`,
-`disable_ue8m0_cast` (no scale is ever cast) and `expected_m_for_psum_layout`.
+Arguments go by the names and in the order of 2.6. An operand is a pair of e4m3 codes and fp32 scales, as DeepGEMM wants
+them on Hopper; both may lie in memory as they will, with or without its alignment for tensor copies. Runs on every GPU
+that Triton serves, any sizes, without a compiler at run time. Nothing waits for the device. Recipes other than 1x128 by
+128x128 (1x128 by 1x128 for the k-grouped products, both for the dense ones), packed power-of-two scales and prefix sums
+of K are refused. Of no effect are `compiled_dims`, `disable_ue8m0_cast` (no scale is ever cast) and
+`expected_m_for_psum_layout`.
 Test: tests/kernels/test_compat_deep_gemm.py.
 """
 
