@@ -53,13 +53,13 @@ def test_agrees_with_pairs(shape: tuple[int, int, int, int], mode: str, device: 
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
-def test_compiles_into_one_graph(dynamic: bool | None) -> None:
+def test_compiles_into_one_graph() -> None:
     x, (cos, sin) = torch.randn(6, 3, 8, requires_grad=True), angles(6, 8)
-    compiled = torch.compile(rope, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    compiled = torch.compile(rope, fullgraph=True, backend="aot_eager")
     got, want = compiled(x, cos, sin), rope(x, cos, sin)
-    assert torch.equal(got, want)
-    assert torch.equal(*(torch.autograd.grad(out.square().sum(), x)[0] for out in (got, want)))
+    assert_near(got.detach(), want.detach().double(), error_bound(torch.float32, 4, 4))
+    dgot, dwant = (torch.autograd.grad(out.square().sum(), x)[0] for out in (got, want))
+    assert_near(dgot, dwant.double(), error_bound(torch.float32, 8, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
