@@ -133,4 +133,6 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         raise ValueError(
             f"cos: got {cos.shape[1]} angles, allowed are at most {x.shape[-1] // 2} for heads of {x.shape[-1]}"
         )
+    if torch.compiler.is_compiling():  # which has its own way back; through _Rope's torch 2.11 gives gradients of 0
+        return rotate(x, cos.detach(), sin.detach())
     return _Rope.apply(x, cos, sin)

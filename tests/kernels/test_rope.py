@@ -53,9 +53,10 @@ def test_agrees_with_pairs(shape: tuple[int, int, int, int], mode: str, device: 
     )  # fmt: skip
 
 
-def test_compiles_into_one_graph() -> None:
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_into_one_graph(dynamic: bool | None) -> None:
     x, (cos, sin) = torch.randn(6, 3, 8, requires_grad=True), angles(6, 8)
-    compiled = torch.compile(rope, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(rope, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     got, want = compiled(x, cos, sin), rope(x, cos, sin)
     assert_near(got.detach(), want.detach().double(), error_bound(torch.float32, 4, 4))
     dgot, dwant = (torch.autograd.grad(out.square().sum(), x)[0] for out in (got, want))
