@@ -253,10 +253,10 @@ def _sum_chunks(tokens: int, vocab: int) -> list[slice]:
     return _pieces(tokens, vocab, max(SUM_ELEMENTS, SUM_ROWS * vocab))
 
 
-def _sum_dtype(weight: Tensor, chunks: Sequence[slice]) -> torch.dtype:
-    """Of dweight on its way: fp32 where it is summed over chunks, and for fp16, whose range a sum over tokens that is
-    scaled to a mean afterwards may leave."""
-    return torch.float32 if len(chunks) > 1 or weight.dtype == torch.float16 else weight.dtype
+def _sum_dtype(dtype: torch.dtype, chunks: Sequence[slice]) -> torch.dtype:
+    """Of dweight on its way, `dtype` in the end: fp32 or wider where it is summed over chunks, and for fp16, whose
+    range a sum over tokens that is scaled to a mean afterwards may leave."""
+    return torch.promote_types(dtype, torch.float32) if len(chunks) > 1 or dtype == torch.float16 else dtype
 
 
 def _empty_sums(
@@ -275,7 +275,7 @@ def _triton_sums(
     (tokens, _), vocab = x.shape, weight.shape[0]
     chunks, factor = _sum_chunks(tokens, vocab), weight.to(x.dtype)
     loss, lse = (x.new_empty(tokens, dtype=torch.float32) for _ in range(2))
-    dx, dweight = _empty_sums(x, weight, x.dtype, _sum_dtype(weight, chunks), for_x, for_weight)
+    dx, dweight = _empty_sums(x, weight, x.dtype, _sum_dtype(weight.dtype, chunks), for_x, for_weight)
     if not chunks:
         dweight.zero_()
     # rows at multiples of 16 numbers, for the kernel and for the matrix library
@@ -330,11 +330,6 @@ def _pieces(rows: int, columns: int, elements: int) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step or 1)]
 
 
-def _torch_sum_dtype(dtype: torch.dtype, tokens: int, vocab: int) -> torch.dtype:
-    """Of dweight on its way: fp32 or wider where it is summed over chunks."""
-    return torch.promote_types(dtype, torch.float32) if len(_pieces(tokens, vocab, CHUNK_ELEMENTS)) > 1 else dtype
-
-
 def _chunks_that_count(rows: int, tokens: int, vocab: int) -> list[slice]:
     """The first `rows` of what `tokens` rows are divided into."""
     chunks = _pieces(tokens, vocab, CHUNK_ELEMENTS)
@@ -370,7 +365,8 @@ def _torch_fwd(
         kept = [x.new_empty(p.stop - p.start, vocab) for p in _pieces(tokens, vocab, CHUNK_ELEMENTS)]
     for_x, for_weight = SUMS.get(keep, (False, False))
     if keep in SUMS:
-        kept = _empty_sums(x, weight, dtype, _torch_sum_dtype(dtype, tokens, vocab), for_x, for_weight)
+        summed = _sum_dtype(dtype, _pieces(tokens, vocab, CHUNK_ELEMENTS))
+        kept = _empty_sums(x, weight, dtype, summed, for_x, for_weight)
         if not chunks:
             kept[1].zero_()
     warm = x.new_empty(0 if keep == "logits" or not chunks else chunks[0].stop, vocab)
@@ -486,9 +482,9 @@ def _linear_cross_entropy(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """x [T, D], weight [V, D], targets [T] -> loss, lse [T], and what is kept for the backward, in the compute dtype
     `dtype`: nothing with `keep` ""; with one of SUMS dx and dweight of the losses' sum, or one of them and [0, 0]
-    (dweight in `_sum_dtype`'s, on the PyTorch path in `_torch_sum_dtype`'s), then the backward's dloss must be one
-    number for all tokens; with "logits", which is the PyTorch path's, the gradients by the logits of tokens that count,
-    in chunks of rows that allocators can use again, rows past those tokens zero."""
+    (dweight in `_sum_dtype`'s), then the backward's dloss must be one number for all tokens; with "logits", which is
+    the PyTorch path's, the gradients by the logits of tokens that count, in chunks of rows that allocators can use
+    again, rows past those tokens zero."""
     forward = _triton_fwd if _launch.use_triton(x) else _torch_fwd
     return forward(x, weight, targets, ignore_index, label_smoothing, z_loss, dtype, keep)
 
@@ -516,10 +512,10 @@ def _(
     tokens, vocab = x.shape[0], weight.shape[0]
     loss, lse = (x.new_empty(tokens, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(2))
     if keep in SUMS:
-        triton_sums = _launch.use_triton(x)
-        summed = (
-            _sum_dtype(weight, _sum_chunks(tokens, vocab)) if triton_sums else _torch_sum_dtype(dtype, tokens, vocab)
-        )
+        if _launch.use_triton(x):
+            summed = _sum_dtype(weight.dtype, _sum_chunks(tokens, vocab))
+        else:
+            summed = _sum_dtype(dtype, _pieces(tokens, vocab, CHUNK_ELEMENTS))
         return loss, lse, _empty_sums(x, weight, dtype, summed, *SUMS[keep])
     chunks = _pieces(tokens, vocab, CHUNK_ELEMENTS) if keep else []
     return loss, lse, [x.new_empty(chunk.stop - chunk.start, vocab, dtype=dtype) for chunk in chunks]

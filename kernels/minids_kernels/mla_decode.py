@@ -376,10 +376,8 @@ def _rows(kv_cache: Tensor, block_table: Tensor, length: int) -> Tensor:
     pages = table.flatten().tolist()
     if not pages:
         return kv_cache.new_empty(len(table), 0, kv_cache.shape[2])
-    known = range(kv_cache.shape[0])
-    if any(page not in known for page in pages):
-        wrong = next(page for page in pages if page not in known)
-        raise ValueError(f"block_table: got page {wrong}, allowed is 0 to {len(known) - 1}")
+    if wrong := [page for page in pages if not 0 <= page < kv_cache.shape[0]]:
+        raise ValueError(f"block_table: got page {wrong[0]}, allowed is 0 to {kv_cache.shape[0] - 1}")
     if pages == list(range(pages[0], pages[0] + len(pages))):
         rows = kv_cache[pages[0] : pages[0] + len(pages)]
     else:
@@ -406,6 +404,9 @@ def _attend(q: Tensor, rows: Tensor, v_dim: int, scale: float, causal: bool) -> 
 def _torch_decode(
     q: Tensor, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, v_dim: int, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
+    if torch.is_autocast_enabled(q.device.type):  # which kernels do not know either
+        with torch.autocast(q.device.type, enabled=False):
+            return _torch_decode(q, kv_cache, block_table, seq_lens, v_dim, scale, causal)
     lengths = seq_lens.tolist()
     room = block_table.shape[1] * kv_cache.shape[1]
     if any(not 0 <= length <= room for length in lengths):
@@ -413,8 +414,7 @@ def _torch_decode(
 
     def attend(sequences: slice, length: int) -> tuple[Tensor, Tensor]:
         rows = widened_rows(_rows(kv_cache, block_table[sequences], length), v_dim, q.dtype)
-        with torch.autocast(q.device.type, enabled=False):  # which kernels do not know either
-            return _attend(q[sequences], rows, v_dim, scale, causal)
+        return _attend(q[sequences], rows, v_dim, scale, causal)
 
     if len(set(lengths)) < 2:
         return attend(slice(None), max(lengths, default=0))

@@ -113,10 +113,8 @@ def _examine(document: Document, rules: CleanRules) -> Examined:
 def _said(message: dict[str, Any]) -> list[str]:
     """All that makes it differ from others: an assistant may call tools without a word."""
     calls = message.get("tool_calls")
-    return [
-        *filter(None, [message.get("reasoning_content"), message["content"]]),
-        *([json.dumps(calls, ensure_ascii=False, sort_keys=True)] if calls else []),
-    ]
+    called = json.dumps(calls, ensure_ascii=False, sort_keys=True) if calls else ""
+    return [part for part in (message.get("reasoning_content"), message["content"], called) if part]
 
 
 def _cleaned(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -37,8 +37,8 @@ def record_dtype(seq_len: int, vocab_size: int, has_mask: bool) -> np.dtype:
 
 
 def is_padding(segment: np.ndarray, pad_id: int) -> bool:
-    """Of a row's last segment, which is where padding lies. Elsewhere the token is what it says: many tokenizers pad
-    with the token that ends a document."""
+    """Whether a row's last segment, token ids [n], is padding, which lies nowhere else: many tokenizers pad with the
+    token that ends a document."""
     return bool((segment == pad_id).all())
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from minids.data.loader import Batch
 from minids.data.pack import Sample
@@ -85,7 +84,10 @@ def bits_per_byte(
     if batch_size < 1:
         raise InputError(f"--batch-size: got {batch_size}, wanted a whole number >= 1")
     where = pick_device(device)
-    model, tokenizer = load(path, device=where, dtype=torch.float32)  # products are in what autocast says
+    products = pick_dtype(dtype, where)
+    model, tokenizer = load(path, device=where)
+    if model.lm_head.weight.dtype != products:  # autocast only lowers precision, and does not mix fp16 with bf16
+        model.float()
     longest = model.config.max_position_embeddings
     length = min(longest, 2048) if seq_len is None else seq_len
     if not 2 <= length <= longest:
@@ -93,7 +95,7 @@ def bits_per_byte(
     dropped: dict[str, int] = {}
     report = RowReport()
     samples = _samples(read_rows(files, report=report), tokenizer, length, dropped, report)
-    with autocast(where, pick_dtype(dtype, where)):
+    with autocast(where, products):
         batches = _batches(samples, batch_size * length, length, tokenizer.pad_id)
         values = likelihood(model, batches, token_bytes(tokenizer))
     left_out = report.left_out(dropped)

@@ -142,8 +142,8 @@ def balance_loss(routings: list[Routing], real: Tensor) -> tuple[Tensor, Tensor]
     """Of L layers, with real [B, S] False where a token is padding: the sequence-wise balance losses [L] without alpha
     (report, equations 17-20: sum over experts of f_i P_i, averaged over sequences), and tokens per expert [L, E].
 
-    f_i counts whose scores are highest, as equation 18 has it, before the bias: where that has evened the load, the
-    routed tokens would say that nothing is left to do.
+    f_i counts the tokens whose highest scores without the bias are i's (equation 18): where the bias has evened the
+    load, the routed tokens would say that nothing is left to do.
     """
     ids = torch.stack([r.topk_ids for r in routings])
     scores = torch.stack([r.scores for r in routings])

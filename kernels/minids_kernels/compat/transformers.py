@@ -132,15 +132,16 @@ def _is_its_weight(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear and layer.bias is None and "forward" not in vars(layer) and not any(hooks)
 
 
-def _check_served(self: Any, tokens: Tensor, mask: Tensor | None, cache: Any, given: dict[str, Any]) -> None:
-    """Raises ValueError for what transformers' attention would do and this one does not."""
+def _check_served(self: Any, hidden_states: Tensor, mask: Tensor | None, cache: Any, given: dict[str, Any]) -> None:
+    """Raises ValueError for what transformers' attention would do with hidden_states [B, S, D] and this one does not.
+    given: its other arguments by name."""
     if self.training and self.attention_dropout:
         raise ValueError(f"attention_dropout: got {self.attention_dropout} in training, allowed is 0")
     if not (self.is_causal and getattr(self.config, "is_causal", True) and given.get("is_causal", True)):
         raise ValueError("is_causal: got False, allowed is True")
     position, flash = given.get("position_ids"), "flash" in (self.config._attn_implementation or "")
     packed = given.get("cu_seq_lens_q") is not None
-    if flash and mask is None and position is not None and tokens.shape[0] == 1 < tokens.shape[1]:
+    if flash and mask is None and position is not None and hidden_states.shape[0] == 1 < hidden_states.shape[1]:
         packed = packed or not bool((position.diff() == 1).all())  # without a mask nothing else says it
     if packed:
         raise ValueError("position_ids, cu_seq_lens_q: got packed documents, allowed is one a row")
